@@ -1,0 +1,154 @@
+# Style after https://tech.davis-hansson.com/p/make/
+SHELL := bash
+.DELETE_ON_ERROR:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --warn-undefined-variables
+MAKEFLAGS += --no-builtin-rules
+MAKEFLAGS += --no-print-directory
+
+GO ?= go
+# Arguments of the demo: make demo ARGS=--json
+ARGS ?=
+# Which benchmarks to run, and where.
+BENCH ?= .
+BENCH_PACKAGES ?= ./...
+# How long to fuzz each target, and which. A count, since in Go 1.26 reaching a time can itself
+# fail the run (https://go.dev/issue/75804).
+FUZZTIME ?= 10000x
+FUZZ ?= Fuzz
+# Where goroutines meet.
+RACE_PACKAGES ?= $(patsubst %,./%/...,$(wildcard service client gpu internal))
+# The commit whose clients must go on working; empty: see breaking.
+BREAKING_AGAINST ?=
+
+TMP := .tmp
+BIN := $(TMP)/bin
+PINS := $(TMP)/pins
+export PATH := $(abspath $(BIN)):$(PATH)
+
+BUF_VERSION := v1.75.0
+GOLANGCI_LINT_VERSION := v2.15.0
+GRPCURL_VERSION := v1.9.4
+PROTOC_GEN_GO_VERSION := v1.36.12
+PROTOC_GEN_GO_GRPC_VERSION := v1.6.2
+
+.PHONY: help
+help: ## Describe the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## Build the commands into bin/: static, no cgo
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
+
+.PHONY: demo
+demo: ## Run the demo (ARGS=--json)
+	$(GO) run ./cmd/twilight demo $(ARGS)
+
+.PHONY: test
+test: ## Run every test
+	$(GO) test ./...
+
+.PHONY: race
+race: ## Run the tests of the concurrent packages under the race detector (needs a C compiler)
+	CGO_ENABLED=1 $(GO) test -race $(RACE_PACKAGES)
+
+.PHONY: fuzz
+fuzz: ## Fuzz every target FUZZTIME each (FUZZTIME=60s FUZZ=FuzzConfig)
+	@targets=$$(grep --recursive --include='*_test.go' --exclude-dir='.?*' --only-matching --extended-regexp \
+		'^func $(FUZZ)\w*' . | sort) || { echo "no fuzz target matches $(FUZZ)" >&2; exit 1; }; \
+	while IFS=: read -r file func; do \
+		(set -x; $(GO) test -run '^$$' -fuzz "^$${func#func }$$" -fuzztime $(FUZZTIME) "$${file%/*}") </dev/null; \
+	done <<<"$$targets"
+
+.PHONY: bench
+bench: ## Run the benchmarks (BENCH=Dot BENCH_PACKAGES=./attention)
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem $(BENCH_PACKAGES)
+
+.PHONY: format
+format: $(BIN)/buf $(BIN)/golangci-lint ## Format Go and proto files
+	golangci-lint fmt
+	buf format --write proto
+
+.PHONY: lint
+lint: $(BIN)/buf $(BIN)/golangci-lint ## Check style, import rules and formatting of Go and proto files
+	golangci-lint config verify
+	golangci-lint run
+	buf lint
+	buf format --diff --exit-code proto
+
+.PHONY: generate
+generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Generate Go code from proto/
+	find proto -name '*.pb.go' -delete
+	buf generate
+
+# Generates beside the tree and compares, so it tells the same with or without uncommitted work.
+.PHONY: check-generate
+check-generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Fail unless the generated code is current
+	@rm -rf $(TMP)/generated
+	@buf generate --output $(TMP)/generated
+	@sums() { cd "$$1" && find . -name '*.pb.go' -exec sha256sum {} + | sort -k 2; }; \
+	diff <(sums proto) <(sums $(TMP)/generated/proto) || \
+		{ echo "generated code in proto/ is not current: run 'make generate'" >&2; exit 1; }
+
+# Compared with the commit where this branch left origin/main or, on main itself, with the commit
+# before: no baseline to keep, no network. A clone of one commit can only be compared with itself,
+# which still guards what is not committed.
+.PHONY: breaking
+breaking: $(BIN)/buf ## Fail if proto/ breaks clients of an earlier commit (BREAKING_AGAINST=v1.0.0)
+	@head=$$(git rev-parse HEAD); base=$(BREAKING_AGAINST); \
+	if [ -z "$$base" ]; then \
+		base=$$(git merge-base HEAD origin/main 2>/dev/null || echo "$$head"); \
+		[ "$$base" != "$$head" ] || base=$$(git rev-parse --verify --quiet HEAD~1 || echo "$$head"); \
+	fi; \
+	base=$$(git rev-parse --verify "$$base^{commit}"); \
+	if git cat-file -e "$$base:proto" 2>/dev/null; then \
+		(set -x; buf breaking proto --against "$$(git rev-parse --git-common-dir)#format=git,ref=$$base,subdir=proto"); \
+	else \
+		echo "nothing to break: commit $$base has no proto/"; \
+	fi
+
+.PHONY: ci
+ci: ## Run all that a change must pass
+	.ci/run
+
+.PHONY: tools
+tools: $(addprefix $(BIN)/,buf golangci-lint grpcurl protoc-gen-go protoc-gen-go-grpc) ## Install the pinned tools into .tmp/bin
+
+.PHONY: clean
+clean: ## Remove the tools and all that was built
+	rm -rf $(TMP) bin out
+
+# A pin is an empty file named for a tool's version; a changed pin is newer than the tool it asks for.
+$(PINS)/%:
+	@mkdir -p $(BIN) $(PINS)
+	@rm -f $(PINS)/$(firstword $(subst @, ,$*))@*
+	@touch $@
+
+GO_INSTALL = CGO_ENABLED=0 GOBIN=$(abspath $(BIN)) $(GO) install
+
+# npm brings the released binary in seconds; building it takes minutes.
+$(BIN)/buf: $(PINS)/buf@$(BUF_VERSION)
+	@if command -v npm >/dev/null && (set -x; npm install --prefix $(TMP)/npm --no-save --ignore-scripts --no-audit \
+		--no-fund --no-update-notifier --loglevel error @bufbuild/buf@$(BUF_VERSION:v%=%)); then \
+		cp $(TMP)/npm/node_modules/@bufbuild/buf-*/bin/buf $@; \
+	else \
+		(set -x; $(GO_INSTALL) github.com/bufbuild/buf/cmd/buf@$(BUF_VERSION)); \
+	fi
+	@touch $@
+
+$(BIN)/golangci-lint: $(PINS)/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	$(GO_INSTALL) github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT_VERSION)
+	@touch $@
+
+$(BIN)/grpcurl: $(PINS)/grpcurl@$(GRPCURL_VERSION)
+	$(GO_INSTALL) github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL_VERSION)
+	@touch $@
+
+$(BIN)/protoc-gen-go: $(PINS)/protoc-gen-go@$(PROTOC_GEN_GO_VERSION)
+	$(GO_INSTALL) google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO_VERSION)
+	@touch $@
+
+$(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
+	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
+	@touch $@
