@@ -1,0 +1,220 @@
+package pipeline_test
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/pipeline"
+	"github.com/twilight-sidecar/twilight/pipeline/methods"
+)
+
+// tb is what a testing.T and a rapid.T have in common.
+type tb interface {
+	Helper()
+	Fatal(args ...any)
+}
+
+func parse(t tb, config string) (*pipeline.Config, error) {
+	t.Helper()
+	m, err := methods.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m.Parse([]byte(config))
+}
+
+func mustParse(t tb, config string) *pipeline.Config {
+	t.Helper()
+	c, err := parse(t, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// The configs that Twilight ships, as far as their methods exist here.
+const (
+	quest1024 = `{
+		"compressor": {"type": "none"},
+		"selector": {"type": "quest", "token_budget": 1024, "chunk_size": 16},
+		"weight_estimator": {"type": "none"},
+		"weight_pruner": {"type": "none"},
+		"skip_first_two_layers": true
+	}`
+	questTwilight = `{
+		"compressor": {"type": "none"},
+		"selector": {"type": "quest", "token_budget": 8192, "chunk_size": 16},
+		"weight_estimator": {"type": "min_max_quant", "quant_bit": 4},
+		"weight_pruner": {"type": "top_p", "threshold": 0.85},
+		"skip_first_two_layers": true
+	}`
+)
+
+// rest is what our own keys are unless set.
+const rest = `, "group": "union", "pin_first_chunk": true, "pin_current_chunk": true, "dense_below": 0, "p_over": "candidates"}`
+
+func TestParse(t *testing.T) {
+	t.Parallel()
+	const (
+		noCompressor = `"compressor": {"type": "none"}, `
+		skip         = `"skip_first_two_layers": true, "use_estimated_weights_in_attn": false`
+		noStages     = noCompressor + `"selector": {"type": "none"}, "weight_estimator": {"type": "none"}, "weight_pruner": {"type": "none"}, `
+	)
+	for name, test := range map[string]struct{ config, want string }{
+		"empty is the default": {" \n", `{` + noCompressor + `
+			"selector": {"type": "quest", "token_budget": 8192, "sparsity_rate": 0.25, "chunk_size": 16},
+			"weight_estimator": {"type": "min_max_quant", "quant_bit": 4, "equalize": true},
+			"weight_pruner": {"type": "top_p", "threshold": 0.85}, ` + skip + rest},
+		"nothing": {`{}`, `{` + noStages + skip + rest},
+		"quest_1024": {quest1024, `{` + noCompressor + `
+			"selector": {"type": "quest", "token_budget": 1024, "sparsity_rate": -1, "chunk_size": 16},
+			"weight_estimator": {"type": "none"}, "weight_pruner": {"type": "none"}, ` + skip + rest},
+		"quest_twi": {questTwilight, `{` + noCompressor + `
+			"selector": {"type": "quest", "token_budget": 8192, "sparsity_rate": -1, "chunk_size": 16},
+			"weight_estimator": {"type": "min_max_quant", "quant_bit": 4, "equalize": true},
+			"weight_pruner": {"type": "top_p", "threshold": 0.85}, ` + skip + rest},
+		"case and alias of types": {`{"selector": {"type": "FULL"}, "weight_estimator": {"type": "Min_Max_Quant"}, "weight_pruner": {"type": "TOP_P"}}`, `{` + noCompressor + `
+			"selector": {"type": "none"}, "weight_estimator": {"type": "min_max_quant", "quant_bit": 4, "equalize": true},
+			"weight_pruner": {"type": "top_p", "threshold": 0.85}, ` + skip + rest},
+		"all keys": {`{"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
+			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all",
+			"weight_pruner": {"threshold": -2.5, "type": "threshold"}, "weight_estimator": {"quant_bit": 8, "equalize": false, "type": "min_max_quant"},
+			"selector": {"chunk_size": 32, "sparsity_rate": 0.5, "token_budget": 7, "type": "quest"}, "compressor": {"type": "none"}}`, `{` + noCompressor + `
+			"selector": {"type": "quest", "token_budget": 7, "sparsity_rate": 0.5, "chunk_size": 32},
+			"weight_estimator": {"type": "min_max_quant", "quant_bit": 8, "equalize": false},
+			"weight_pruner": {"type": "threshold", "threshold": -2.5},
+			"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
+			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all"}`},
+	} {
+		got, err := json.Marshal(mustParse(t, test.config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(compact(t, test.want), string(got)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+func compact(t *testing.T, config string) string {
+	t.Helper()
+	var b strings.Builder
+	for line := range strings.Lines(config) {
+		b.WriteString(strings.TrimSpace(line))
+	}
+	replaced := strings.NewReplacer(`": `, `":`, `, "`, `,"`).Replace(b.String())
+	if !json.Valid([]byte(replaced)) {
+		t.Fatalf("the test's own JSON is broken: %s", replaced)
+	}
+	return replaced
+}
+
+func TestParseRefuses(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		config, field, text string
+		kind                fault.Kind
+	}{
+		"not JSON":         {`{"group"`, "", "unexpected EOF", fault.Invalid},
+		"an array":         {`[1]`, "", "expected a JSON object", fault.Invalid},
+		"a number":         {`7`, "", "expected a JSON object", fault.Invalid},
+		"garbage":          {`selector: quest`, "", "invalid character", fault.Invalid},
+		"cut short":        {`{"group": "union"`, "", "unexpected EOF", fault.Invalid},
+		"cut short within": {`{"selector": {"type": "quest"`, "", "unexpected EOF", fault.Invalid},
+		"trailing data":    {`{} {}`, "", "goes on after", fault.Invalid},
+		"trailing comma":   {`{"group": "union",}`, "", "invalid character", fault.Invalid},
+
+		"unknown key":       {`{"weight_prunner": {}}`, "weight_prunner", `"weight_prunner" is unknown; known here: compressor, selector, weight_estimator, weight_pruner, skip_first_two_layers,`, fault.Invalid},
+		"unknown stage key": {`{"weight_pruner": {"type": "top_p", "treshold": 0.9}}`, "weight_pruner.treshold", `"treshold" is unknown; known here: type, threshold`, fault.Invalid},
+		"other method's":    {`{"selector": {"type": "none", "token_budget": 9}}`, "selector.token_budget", `known here: type`, fault.Invalid},
+		"another case":      {`{"Group": "union"}`, "Group", "unknown", fault.Invalid},
+		"duplicate":         {`{"group": "union", "group": "union"}`, "group", "twice", fault.Invalid},
+		"stage twice":       {`{"selector": {"type": "none"}, "selector": {"type": "none"}}`, "selector", "twice", fault.Invalid},
+		"duplicate within":  {`{"weight_pruner": {"type": "top_p", "threshold": 0.9, "threshold": 0.8}}`, "weight_pruner.threshold", "twice", fault.Invalid},
+		"two types":         {`{"weight_pruner": {"type": "top_p", "type": "none"}}`, "weight_pruner.type", "twice", fault.Invalid},
+
+		"stage is no object":  {`{"selector": "quest"}`, "selector", "expected an object", fault.Invalid},
+		"stage is null":       {`{"selector": null}`, "selector", "expected an object", fault.Invalid},
+		"no type":             {`{"selector": {"token_budget": 9}}`, "selector.type", "missing", fault.Invalid},
+		"type is a number":    {`{"selector": {"type": 9}}`, "selector.type", "expected a string", fault.Invalid},
+		"unknown selector":    {`{"selector": {"type": "ds", "r": 64}}`, "selector.type", `selector type "ds" is not available; available: none (full), quest`, fault.Unsupported},
+		"unknown estimator":   {`{"weight_estimator": {"type": "max_quant"}}`, "weight_estimator.type", `available: min_max_quant, none`, fault.Unsupported},
+		"unknown pruner":      {`{"weight_pruner": {"type": "h_threshold"}}`, "weight_pruner.type", `available: none, threshold, top_p`, fault.Unsupported},
+		"snap_kv":             {`{"compressor": {"type": "snap_kv", "window_size": 64}}`, "compressor.type", `compressor type "snap_kv" is not available; available: none`, fault.Unsupported},
+		"string for a number": {`{"weight_pruner": {"type": "top_p", "threshold": "0.9"}}`, "weight_pruner.threshold", "expected a number", fault.Invalid},
+		"fraction":            {`{"selector": {"type": "quest", "token_budget": 10.5}}`, "selector.token_budget", "expected an integer", fault.Invalid},
+		"beyond int64":        {`{"dense_below": 99999999999999999999}`, "dense_below", "expected an integer", fault.Invalid},
+		"number for a flag":   {`{"pin_first_chunk": 1}`, "pin_first_chunk", "expected true or false", fault.Invalid},
+		"null":                {`{"group": null}`, "group", "expected a string", fault.Invalid},
+		"object for a number": {`{"dense_below": {}}`, "dense_below", "expected an integer", fault.Invalid},
+
+		"group":         {`{"group": "per_head"}`, "group", `"per_head", expected "union" or "per_query_head"`, fault.Invalid},
+		"p_over":        {`{"p_over": ""}`, "p_over", `expected "candidates" or "all"`, fault.Invalid},
+		"dense_below":   {`{"dense_below": -1}`, "dense_below", "expected 0..", fault.Invalid},
+		"p of 0":        {`{"weight_pruner": {"type": "top_p", "threshold": 0}}`, "weight_pruner.threshold", "(0, 1]", fault.Invalid},
+		"no t":          {`{"weight_pruner": {"type": "threshold"}}`, "weight_pruner.threshold", "missing", fault.Invalid},
+		"token_budget":  {`{"selector": {"type": "quest", "token_budget": 0}}`, "selector.token_budget", "expected 1..", fault.Invalid},
+		"chunk_size":    {`{"selector": {"type": "quest", "chunk_size": 24}}`, "selector.chunk_size", "multiple of 16", fault.Invalid},
+		"sparsity_rate": {`{"selector": {"type": "quest", "sparsity_rate": 1.5}}`, "selector.sparsity_rate", "(0, 1]", fault.Invalid},
+		"quant_bit":     {`{"weight_estimator": {"type": "min_max_quant", "quant_bit": 3}}`, "weight_estimator.quant_bit", "expected 2, 4 or 8", fault.Invalid},
+	} {
+		_, err := parse(t, test.config)
+		if f, ok := errors.AsType[*fault.Error](err); !ok {
+			t.Errorf("%s: error %v, want a *fault.Error", name, err)
+		} else if f.Field != test.field || f.Kind != test.kind || !strings.Contains(f.Text, test.text) {
+			t.Errorf("%s: field %q, kind %v, text %q, want %q, %v, a text with %q", name, f.Field, f.Kind, f.Text, test.field, test.kind, test.text)
+		}
+	}
+}
+
+// FuzzParseConfig: whatever comes in, the answer is a *fault.Error or a config that marshals to JSON
+// which parses to the same config.
+func FuzzParseConfig(f *testing.F) {
+	for _, seed := range []string{
+		"", "{}", quest1024, questTwilight, `{"group":"per_query_head","p_over":"all","dense_below":7}`,
+		`{"weight_pruner":{"type":"threshold","threshold":1e-320}}`, `{"group":"union","group":1}`, `{"a":[{"b":[]}]}`,
+		`{"selector":{"type":"quest","sparsity_rate":0.1,"chunk_size":32},"skip_first_two_layers":null}`, `{} x`, "\xff{\"\xff\":0}",
+	} {
+		f.Add([]byte(seed))
+	}
+	m, err := methods.New()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, err := m.Parse(data)
+		if err != nil {
+			if f, ok := errors.AsType[*fault.Error](err); !ok || f.Text == "" {
+				t.Fatalf("error %#v", err)
+			}
+			return
+		}
+		first, err := json.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := m.Parse(first)
+		if err != nil {
+			t.Fatalf("%s: %v", first, err)
+		}
+		second, err := json.Marshal(again)
+		if err != nil || string(first) != string(second) {
+			t.Fatalf("%s became %s (%v)", first, second, err)
+		}
+	})
+}
+
+func TestNewChecksConfig(t *testing.T) {
+	t.Parallel()
+	c := *mustParse(t, "")
+	c.DenseBelow = math.MaxInt32 + 1
+	if _, err := pipeline.New(&c, geometry(1, 8, 8)); !errors.Is(err, fault.Invalid) {
+		t.Errorf("error %v, want Invalid", err)
+	}
+}

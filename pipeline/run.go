@@ -1,0 +1,298 @@
+package pipeline
+
+import (
+	"math"
+	"slices"
+	"time"
+
+	"github.com/viterin/vek/vek32"
+
+	"github.com/twilight-sidecar/twilight/attention"
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pruner"
+	"github.com/twilight-sidecar/twilight/selector"
+)
+
+// Pipeline runs rows of one geometry by one config. It is safe for concurrent use.
+type Pipeline struct {
+	config    Config
+	geometry  kv.Geometry
+	selector  selector.Selector
+	estimator pruner.Estimator
+	pruner    pruner.Pruner
+}
+
+// New makes a pipeline. A config out of range is a *fault.Error.
+func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	return &Pipeline{
+		config:    *cfg,
+		geometry:  *g,
+		selector:  cfg.Selector.Config.New(),
+		estimator: cfg.Estimator.Config.New(),
+		pruner:    cfg.Pruner.Config.New(),
+	}, nil
+}
+
+// Shadows returns what the selector and the estimator keep of the keys; either may be nil.
+func (p *Pipeline) Shadows() (selector, estimator kv.Shadow) {
+	return p.selector.Shadow(), p.estimator.Shadow()
+}
+
+// Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
+// goroutine and one Pipeline.
+type Scratch struct {
+	selector   selector.Row
+	estimator  pruner.Row
+	pruner     pruner.Candidates
+	attention  attention.Scratch
+	attended   attention.Row
+	scaled     matrix // queries times softmax scale, [G][KDim]
+	logits     matrix // [heads][candidates]
+	weights    matrix // [heads][candidates]
+	first      matrix // logit of the first valid token, [heads][1]
+	candidates []int32
+	kept       []int32 // indices into candidates
+	isKept     []bool  // [candidates], by any head
+	fit        fit
+}
+
+// matrix is rows of equal length in one piece of memory.
+type matrix struct {
+	flat []float32
+	rows [][]float32
+}
+
+func (m *matrix) shape(rows, columns int) [][]float32 {
+	m.flat = slices.Grow(m.flat[:0], rows*columns)[:rows*columns]
+	m.rows = m.rows[:0]
+	for r := range rows {
+		m.rows = append(m.rows, m.flat[r*columns:(r+1)*columns:(r+1)*columns])
+	}
+	return m.rows
+}
+
+// Run computes a row. It does not fail: what cannot be computed sparsely is computed densely, and res
+// says why.
+func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
+	p.prepare(s, row, res)
+	res.Path, res.Reason = Sparse, 0
+	if reason := p.denseReason(row); reason != 0 {
+		p.dense(s, row, res, reason)
+		return
+	}
+	heads := len(res.Mass)
+	step := heads
+	if p.config.Group == PerQueryHead {
+		step = 1
+	}
+	for from := 0; from < heads; from += step {
+		if !p.sparse(s, row, res, from, from+step) {
+			p.dense(s, row, res, NotFinite)
+			return
+		}
+	}
+	res.Lists = res.lists
+}
+
+func (p *Pipeline) denseReason(row *Row) Reason {
+	c := &p.config
+	switch {
+	case c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
+		return Configured
+	case c.SkipFirstTwoLayers && row.Layer < 2:
+		return SkippedLayer
+	case row.Len-row.First < c.DenseBelow:
+		return ShortContext
+	}
+	return 0
+}
+
+// prepare sizes the result and tells the stages about the row.
+func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
+	g := &p.geometry
+	heads, lists := g.Group(), 1
+	if p.config.Group == PerQueryHead {
+		lists = heads
+	}
+	res.lists = slices.Grow(res.lists[:0], lists)[:lists]
+	res.Kept = slices.Grow(res.Kept[:0], lists)[:lists]
+	res.Candidates = slices.Grow(res.Candidates[:0], lists)[:lists]
+	res.Mass = slices.Grow(res.Mass[:0], heads)[:heads]
+	res.Coverage = slices.Grow(res.Coverage[:0], heads)[:heads]
+	res.Output = res.Output[:0]
+	if !row.ListsOnly {
+		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
+	}
+	res.Lists, res.Timing = nil, Timing{}
+
+	queries := s.scaled.shape(heads, g.KDim)
+	vek32.MulNumber_Into(s.scaled.flat, row.Queries[:heads*g.KDim], g.Scale)
+	s.selector = selector.Row{
+		Layer: row.Layer, Head: row.KVHead,
+		Dim: g.KDim, First: row.First, Len: row.Len,
+		Keys: row.Keys, Records: row.SelectorRecords,
+		TokenBudget: row.TokenBudget,
+		PinFirst:    p.config.PinFirstChunk, PinCurrent: p.config.PinCurrentChunk,
+		Bounds: s.selector.Bounds[:0], Scratch: s.selector.Scratch,
+	}
+	s.estimator = pruner.Row{
+		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
+	}
+	s.attended = attention.Row{Queries: queries, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
+	if g.Sinks != nil {
+		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+	}
+}
+
+// dense attends over all valid tokens.
+func (p *Pipeline) dense(s *Scratch, row *Row, res *Result, reason Reason) {
+	start := time.Now()
+	res.Path, res.Reason = Dense, reason
+	for i := range res.Kept {
+		res.Kept[i], res.Candidates[i] = row.Len-row.First, row.Len-row.First
+	}
+	for h := range res.Mass {
+		res.Mass[h], res.Coverage[h] = 1, 1
+	}
+	if !row.ListsOnly {
+		attention.Dense(res.Output, &s.attention, &s.attended, row.First, row.Len)
+	}
+	res.Timing.Attend += time.Since(start)
+}
+
+// sparse selects, prunes and attends for the query heads from..to, which share candidates and list. It
+// reports false, leaving their results open, if an estimate is not finite.
+func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (finite bool) {
+	start := time.Now()
+	queries := s.scaled.rows[from:to]
+	s.selector.Queries, s.estimator.Queries = queries, queries
+	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	selected := time.Now()
+	res.Timing.Select += selected.Sub(start)
+
+	if !p.estimate(s, row, len(queries)) {
+		return false
+	}
+	list := from / len(queries)
+	coverage := res.Coverage[from:to]
+	for h := range queries {
+		coverage[h] = p.prune(s, row, h)
+	}
+	res.lists[list] = s.list(res.lists[list][:0], res.Mass[from:to], coverage)
+	res.Candidates[list], res.Kept[list] = len(s.candidates), len(res.lists[list])
+	pruned := time.Now()
+	res.Timing.Prune += pruned.Sub(selected)
+
+	if !row.ListsOnly {
+		p.attend(s, res, from, to, res.lists[list])
+		res.Timing.Attend += time.Since(pruned)
+	}
+	return true
+}
+
+// estimate fills logits, softcapped, weights and the first tokens' logits. It reports whether all
+// estimates are finite.
+func (p *Pipeline) estimate(s *Scratch, row *Row, heads int) (finite bool) {
+	logits, first := s.logits.shape(heads, len(s.candidates)), s.first.shape(heads, 1)
+	p.estimator.Logits(logits, &s.estimator, s.candidates)
+	s.kept = append(s.kept[:0], int32(row.First))
+	if s.candidates[0] == s.kept[0] {
+		for h := range heads {
+			first[h][0] = logits[h][0]
+		}
+	} else {
+		p.estimator.Logits(first, &s.estimator, s.kept)
+	}
+	if !allFinite(s.logits.flat) || !allFinite(s.first.flat) {
+		return false
+	}
+	attention.Softcap(s.logits.flat, p.geometry.Softcap)
+	attention.Softcap(s.first.flat, p.geometry.Softcap)
+	weights := s.weights.shape(heads, len(s.candidates))
+	copy(s.weights.flat, s.logits.flat)
+	for h := range heads {
+		attention.Exp(weights[h], vek32.Max(logits[h]))
+	}
+	s.isKept = slices.Grow(s.isKept[:0], len(s.candidates))[:len(s.candidates)]
+	clear(s.isKept)
+	return true
+}
+
+func allFinite(x []float32) bool {
+	return isFinite(vek32.Sum(x)) || !slices.ContainsFunc(x, func(f float32) bool { return !isFinite(f) })
+}
+
+// prune marks what the h-th head keeps and returns its candidates' estimated coverage.
+func (p *Pipeline) prune(s *Scratch, row *Row, h int) (coverage float32) {
+	logits, weights := s.logits.rows[h], s.weights.rows[h]
+	relative := 0.0 // weight outside for each unit of the candidates'
+	if len(s.candidates) < row.Len-row.First {
+		relative = math.NaN()
+		if len(s.selector.Bounds) > 0 {
+			relative = s.fit.outside(s.selector.Bounds[h], weights, s.candidates, row.First,
+				vek32.Max(logits), p.geometry.Softcap) / float64(vek32.Sum(weights))
+		}
+	}
+	s.pruner = pruner.Candidates{
+		Logits: logits, Weights: weights, FirstLogit: s.first.rows[h][0], P: row.P,
+		Scratch: s.pruner.Scratch,
+	}
+	if p.config.POver == OverAll && relative == relative {
+		s.pruner.Outside = relative
+	}
+	s.kept = p.pruner.Prune(s.kept[:0], &s.pruner)
+	for _, i := range s.kept {
+		s.isKept[i] = true
+	}
+	return float32(1 / (1 + relative))
+}
+
+// list appends the positions that any head keeps to dst, sets s.kept to their indices, and each head's
+// mass to its estimated weight of them.
+func (s *Scratch) list(dst []int32, mass, coverage []float32) []int32 {
+	s.kept = s.kept[:0]
+	for i, kept := range s.isKept {
+		if kept {
+			s.kept = append(s.kept, int32(i))
+			dst = append(dst, s.candidates[i])
+		}
+	}
+	for h, weights := range s.weights.rows {
+		mass[h] = coverage[h]
+		if len(s.kept) == len(weights) {
+			continue
+		}
+		sum := 0.0
+		for _, i := range s.kept {
+			sum += float64(weights[i])
+		}
+		mass[h] *= min(1, float32(sum/float64(vek32.Sum(weights))))
+	}
+	return dst
+}
+
+// attend writes the outputs of the query heads from..to over a list. Logits that are known are not
+// computed again.
+func (p *Pipeline) attend(s *Scratch, res *Result, from, to int, list []int32) {
+	row := s.attended
+	row.Queries = row.Queries[from:to]
+	if row.Sinks != nil {
+		row.Sinks = row.Sinks[from:to]
+	}
+	out := res.Output[from*p.geometry.VDim : to*p.geometry.VDim]
+	if !p.estimator.Exact() && !p.config.UseEstimatedWeights {
+		attention.Sparse(out, &s.attention, &row, list)
+		return
+	}
+	logits := s.logits.rows
+	for h := range logits {
+		for i, candidate := range s.kept {
+			logits[h][i] = logits[h][candidate]
+		}
+		logits[h] = logits[h][:len(list)]
+	}
+	attention.Weighted(out, &s.attention, &row, list, logits)
+}

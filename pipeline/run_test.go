@@ -1,0 +1,580 @@
+package pipeline_test
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"github.com/twilight-sidecar/twilight/internal/kvtest"
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
+	"github.com/twilight-sidecar/twilight/pruner"
+)
+
+// geometry has two KV heads, each for a group of the given size.
+func geometry(group, kDim, vDim int) *kv.Geometry {
+	return &kv.Geometry{Layers: 1, QueryHeads: 2 * group, KVHeads: 2, KDim: kDim, VDim: vDim, Scale: 1. / 16}
+}
+
+// example is a row with all that a plain computation of it needs.
+type example struct {
+	pipeline.Row
+	*kv.Geometry
+	config       *pipeline.Config
+	keys, values []float32
+}
+
+// settings are what configs are drawn from.
+type settings struct {
+	quest, pinFirst, pinCurrent bool
+	estimator                   string
+	pruner                      string
+	threshold                   float64
+	budget                      int
+}
+
+func draw(t *rapid.T) (*example, settings) {
+	s := settings{
+		quest:      rapid.Bool().Draw(t, "quest"),
+		pinFirst:   rapid.Bool().Draw(t, "pin first"),
+		pinCurrent: rapid.Bool().Draw(t, "pin current"),
+		estimator: rapid.SampledFrom([]string{
+			`{"type": "none"}`, `{"type": "min_max_quant"}`, `{"type": "min_max_quant", "equalize": false}`,
+		}).Draw(t, "estimator"),
+		pruner:    rapid.SampledFrom([]string{"none", "top_p", "threshold"}).Draw(t, "pruner"),
+		threshold: rapid.Float64Range(.05, .99).Draw(t, "threshold"),
+		budget:    rapid.IntRange(1, 400).Draw(t, "token_budget"),
+	}
+	selector, thresholdKey := `"none"`, ""
+	if s.quest {
+		selector = fmt.Sprintf(`"quest", "token_budget": %d`, s.budget)
+	}
+	if s.pruner != "none" {
+		thresholdKey = fmt.Sprintf(`, "threshold": %v`, s.threshold)
+	}
+	config := mustParse(t, fmt.Sprintf(`{"selector": {"type": %s}, "weight_estimator": %s, "weight_pruner": {"type": %q%s},
+		"skip_first_two_layers": false, "group": %q, "pin_first_chunk": %v, "pin_current_chunk": %v, "p_over": %q,
+		"use_estimated_weights_in_attn": %v}`, selector, s.estimator, s.pruner, thresholdKey,
+		rapid.SampledFrom([]string{"union", "per_query_head"}).Draw(t, "group"), s.pinFirst, s.pinCurrent,
+		rapid.SampledFrom([]string{"candidates", "all"}).Draw(t, "p_over"), rapid.Bool().Draw(t, "use estimated weights")))
+
+	dim := rapid.SampledFrom([]int{64, 80, 96, 128})
+	e := &example{
+		config:   config,
+		Geometry: geometry(rapid.SampledFrom([]int{1, 3, 7}).Draw(t, "group"), dim.Draw(t, "kDim"), dim.Draw(t, "vDim")),
+	}
+	if rapid.Bool().Draw(t, "softcap") {
+		e.Softcap = 20
+	}
+	e.Len = rapid.IntRange(1, 700).Draw(t, "length")
+	e.First = rapid.IntRange(0, min(40, e.Len-1)).Draw(t, "first")
+	random := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0))
+	// Small integers, so that scores are exact and candidates can be compared as they are.
+	e.keys, e.values = integers(random, e.Len*e.KDim), integers(random, e.Len*e.VDim)
+	e.Queries = integers(random, e.Group()*e.KDim)
+	e.KVHead = rapid.IntRange(0, 1).Draw(t, "KV head")
+	if rapid.Bool().Draw(t, "sinks") {
+		e.Sinks = integers(random, e.QueryHeads)
+	}
+	if s.pruner == "top_p" && rapid.Bool().Draw(t, "override p") {
+		e.P = rapid.Float32Range(.05, .99).Draw(t, "p")
+	}
+	if s.quest && rapid.Bool().Draw(t, "override budget") {
+		e.TokenBudget = rapid.IntRange(1, 400).Draw(t, "budget")
+	}
+	return e, s
+}
+
+func integers(random *rand.Rand, n int) []float32 {
+	x := make([]float32, n)
+	for i := range x {
+		x[i] = float32(random.IntN(9) - 4)
+	}
+	return x
+}
+
+// run sets up readers and shadows as a device does, and runs the row.
+func (e *example) run(t tb, s *pipeline.Scratch, res *pipeline.Result) *pipeline.Pipeline {
+	p, err := pipeline.New(e.config, e.Geometry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.Keys, e.Values = kvtest.Reader(kv.F16, e.keys, e.KDim), kvtest.Reader(kv.F16, e.values, e.VDim)
+	selector, estimator := p.Shadows()
+	if selector != nil {
+		e.SelectorRecords = kvtest.Index(selector, e.keys, e.KDim, e.First)
+	}
+	if estimator != nil {
+		e.EstimatorRecords = kvtest.Index(estimator, e.keys, e.KDim, e.First)
+	}
+	p.Run(s, &e.Row, res)
+	return p
+}
+
+func (e *example) query(h int) []float32 { return e.Queries[h*e.KDim : (h+1)*e.KDim] }
+
+// dot is the logit of a query head for a position before softcap.
+func (e *example) dot(h, position int) float64 {
+	sum := 0.0
+	for d, q := range e.query(h) {
+		sum += float64(q) * float64(e.keys[position*e.KDim+d])
+	}
+	return float64(e.Scale) * sum
+}
+
+func (e *example) capped(logit float64) float64 {
+	if c := float64(e.Softcap); c > 0 {
+		return c * math.Tanh(logit/c)
+	}
+	return logit
+}
+
+// bound is Quest's: no logit in the chunk exceeds it.
+func (e *example) bound(h, chunk int) float64 {
+	sum := 0.0
+	for d, q := range e.query(h) {
+		best := math.Inf(-1)
+		for _, p := range e.chunk(chunk) {
+			best = math.Max(best, float64(q)*float64(e.keys[int(p)*e.KDim+d]))
+		}
+		sum += best
+	}
+	return float64(e.Scale) * sum
+}
+
+// chunk lists its valid positions.
+func (e *example) chunk(c int) (positions []int32) {
+	for p := max(e.First, 16*c); p < min(e.Len, 16*c+16); p++ {
+		positions = append(positions, int32(p))
+	}
+	return positions
+}
+
+func (e *example) chunks() (first, end int) { return e.First / 16, (e.Len + 15) / 16 }
+
+// candidates is the selection, plainly: sort the chunks, pins first.
+func (e *example) candidates(s settings, budget int, heads []int) []int32 {
+	first, end := e.chunks()
+	keep := end - first
+	if s.quest {
+		keep = max(1, (budget+15)/16)
+	}
+	scores := make(map[int]float64)
+	pins := 0
+	var order []int
+	for c := first; c < end; c++ {
+		order = append(order, c)
+		for _, h := range heads {
+			scores[c] += e.bound(h, c)
+		}
+		if s.pinFirst && c == first || s.pinCurrent && c == end-1 {
+			scores[c] = math.Inf(1)
+			pins++
+		}
+	}
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(scores[b], scores[a]) })
+	var all []int32
+	for _, c := range order[:min(len(order), max(keep, pins))] {
+		all = append(all, e.chunk(c)...)
+	}
+	slices.Sort(all)
+	return all
+}
+
+// logits are the estimates for the positions, one by one.
+func (e *example) logits(h int, positions []int32) []float64 {
+	estimator := e.config.Estimator.Config.New()
+	query := slices.Clone(e.query(h))
+	for d := range query {
+		query[d] *= e.Scale
+	}
+	row := &pruner.Row{Queries: [][]float32{query}, Dim: e.KDim, Keys: e.Keys, Records: e.EstimatorRecords}
+	logits := make([]float64, len(positions))
+	for i, p := range positions {
+		got := [][]float32{{0}}
+		estimator.Logits(got, row, []int32{p})
+		logits[i] = e.capped(float64(got[0][0]))
+	}
+	return logits
+}
+
+// outside is the weight that the line through the chunks taken gives to the others, each in units of
+// exp(top); NaN if it cannot tell.
+func (e *example) outside(h int, candidates []int32, logits []float64, top float64) float64 {
+	weight := make(map[int]float64)
+	for i, p := range candidates {
+		weight[int(p)/16] += math.Exp(logits[i] - top)
+	}
+	var n, x, y, xx, xy float64
+	for c, w := range weight {
+		b, l := e.capped(e.bound(h, c))-top, math.Log(w)
+		n, x, y, xx, xy = n+1, x+b, y+l, xx+b*b, xy+b*l
+	}
+	first, end := e.chunks()
+	switch {
+	case len(weight) == end-first:
+		return 0
+	case n < 4:
+		return math.NaN()
+	}
+	slope := 0.0
+	if spread := n*xx - x*x; spread > 0 {
+		slope = (n*xy - x*y) / spread
+	}
+	sum := 0.0
+	for c := first; c < end; c++ {
+		if _, taken := weight[c]; !taken {
+			b := e.capped(e.bound(h, c)) - top
+			sum += math.Exp(math.Min(slope*b+(y-slope*x)/n, b+math.Log(16)))
+		}
+	}
+	return sum
+}
+
+// TestRun compares with the whole pipeline done plainly in float64. Where rounding can tip a decision,
+// either outcome is right.
+func TestRun(t *testing.T) {
+	t.Parallel()
+	var s pipeline.Scratch
+	var res pipeline.Result
+	rapid.Check(t, func(t *rapid.T) {
+		e, set := draw(t)
+		e.run(t, &s, &res)
+		if !set.quest && set.estimator == `{"type": "none"}` && set.pruner == "none" {
+			e.checkDense(t, &res, pipeline.Configured)
+			return
+		}
+		if res.Path != pipeline.Sparse || res.Reason != 0 {
+			t.Fatalf("path %v, reason %v", res.Path, res.Reason)
+		}
+		groups := [][]int{nil}
+		if e.config.Group == pipeline.PerQueryHead {
+			groups = groups[:0]
+		}
+		for h := range e.Group() {
+			if e.config.Group == pipeline.PerQueryHead {
+				groups = append(groups, []int{h})
+			} else {
+				groups[0] = append(groups[0], h)
+			}
+		}
+		if len(res.Lists) != len(groups) || len(res.Kept) != len(groups) || len(res.Candidates) != len(groups) {
+			t.Fatalf("%d lists, %d kept, %d candidates, want %d", len(res.Lists), len(res.Kept), len(res.Candidates), len(groups))
+		}
+		for i, heads := range groups {
+			e.checkGroup(t, set, &res, i, heads)
+		}
+	})
+}
+
+func (e *example) checkGroup(t *rapid.T, set settings, res *pipeline.Result, group int, heads []int) {
+	candidates := e.candidates(set, cmp.Or(e.TokenBudget, set.budget), heads)
+	if res.Candidates[group] != len(candidates) {
+		t.Fatalf("%d candidates, want %d", res.Candidates[group], len(candidates))
+	}
+	const tip = 1e-5 // what rounding may do
+	surely, maybe := make(map[int32]bool), make(map[int32]bool)
+	list := res.Lists[group]
+	for _, h := range heads {
+		logits := e.logits(h, candidates)
+		top := slices.Max(logits)
+		outside := e.outside(h, candidates, logits, top)
+		weights, total := make([]float64, len(logits)), 0.0
+		for i, l := range logits {
+			weights[i] = math.Exp(l - top)
+			total += weights[i]
+		}
+
+		above, from := 0.0, 0.0 // weights that are kept for sure, and that may be kept
+		switch set.pruner {
+		case "top_p":
+			p := set.threshold
+			if e.P > 0 {
+				p = float64(e.P)
+			}
+			need := p * total
+			if e.config.POver == pipeline.OverAll && outside > 0 {
+				need = p * (total + outside)
+			}
+			sum := 0.0
+			for _, w := range slices.Backward(slices.Sorted(slices.Values(weights))) {
+				if sum < need*(1-tip) {
+					above = w * (1 + tip)
+				}
+				if sum < need*(1+tip) {
+					from = w * (1 - tip)
+				}
+				sum += w
+			}
+		case "threshold":
+			least := math.Exp(e.logits(h, []int32{int32(e.First)})[0] - set.threshold - top)
+			above, from = least*(1+tip), math.Min(1, least*(1-tip))
+		}
+		sum := 0.0
+		for i, p := range candidates {
+			if weights[i] > above {
+				surely[p] = true
+			}
+			if weights[i] >= from {
+				maybe[p] = true
+			}
+			if _, found := slices.BinarySearch(list, p); found {
+				sum += weights[i]
+			}
+		}
+		coverage := total / (total + outside)
+		if got := float64(res.Coverage[h]); math.IsNaN(coverage) != math.IsNaN(got) || math.Abs(got-coverage) > 2e-3 {
+			t.Fatalf("head %d: coverage %v, want %v", h, got, coverage)
+		}
+		mass := coverage * sum / total
+		if got := float64(res.Mass[h]); math.IsNaN(mass) != math.IsNaN(got) || math.Abs(got-mass) > 2e-3 {
+			t.Fatalf("head %d: mass %v, want %v", h, got, mass)
+		}
+		e.checkOutput(t, res, h, list)
+	}
+	if res.Kept[group] != len(list) || len(list) == 0 || !slices.IsSorted(list) {
+		t.Fatalf("list %v of %d", list, res.Kept[group])
+	}
+	inList := make(map[int32]bool)
+	for _, p := range list {
+		inList[p] = true
+		if !maybe[p] {
+			t.Fatalf("position %d is kept, but light", p)
+		}
+	}
+	if len(inList) != len(list) {
+		t.Fatalf("list %v has positions twice", list)
+	}
+	for p := range surely {
+		if !inList[p] {
+			t.Fatalf("position %d is heavy, but not kept", p)
+		}
+	}
+}
+
+// checkOutput attends over a list in float64.
+func (e *example) checkOutput(t *rapid.T, res *pipeline.Result, h int, list []int32) {
+	logits := make([]float64, len(list))
+	for i, p := range list {
+		logits[i] = e.capped(e.dot(h, int(p)))
+	}
+	if e.config.UseEstimatedWeights && res.Path == pipeline.Sparse {
+		logits = e.logits(h, list)
+	}
+	total := 0.0
+	if e.Sinks != nil {
+		total = math.Exp(float64(e.Sinks[e.KVHead*e.Group()+h]))
+	}
+	out := make([]float64, e.VDim)
+	for i, p := range list {
+		w := math.Exp(logits[i])
+		total += w
+		for d := range out {
+			out[d] += w * float64(e.values[int(p)*e.VDim+d])
+		}
+	}
+	for d := range out {
+		if got := float64(res.Output[h*e.VDim+d]); math.Abs(got-out[d]/total) > 1e-4 {
+			t.Fatalf("head %d, channel %d: %v, want %v", h, d, got, out[d]/total)
+		}
+	}
+}
+
+func (e *example) checkDense(t *rapid.T, res *pipeline.Result, reason pipeline.Reason) {
+	if res.Path != pipeline.Dense || res.Reason != reason || res.Lists != nil {
+		t.Fatalf("path %v, reason %v, %d lists, want dense because %v", res.Path, res.Reason, len(res.Lists), reason)
+	}
+	var all []int32
+	for p := e.First; p < e.Len; p++ {
+		all = append(all, int32(p))
+	}
+	for i := range res.Kept {
+		if res.Kept[i] != len(all) || res.Candidates[i] != len(all) {
+			t.Fatalf("%d kept of %d candidates, want all %d", res.Kept[i], res.Candidates[i], len(all))
+		}
+	}
+	for h := range e.Group() {
+		if res.Mass[h] != 1 || res.Coverage[h] != 1 {
+			t.Fatalf("head %d: mass %v, coverage %v, want 1", h, res.Mass[h], res.Coverage[h])
+		}
+		e.checkOutput(t, res, h, all)
+	}
+}
+
+// fixed is an example that is always the same: normal keys, the default config but for what is given.
+func fixed(t tb, config string, length, group, dim int) *example {
+	t.Helper()
+	random := rand.New(rand.NewPCG(uint64(length), uint64(group*dim)))
+	normal := func(n int, scale float64) []float32 {
+		x := make([]float32, n)
+		for i := range x {
+			x[i] = float32(random.NormFloat64() * scale)
+		}
+		return x
+	}
+	e := &example{config: mustParse(t, config), Geometry: geometry(group, dim, dim)}
+	e.keys, e.values = normal(length*dim, 1), normal(length*dim, 1)
+	e.Queries = normal(group*dim, 48/math.Sqrt(float64(dim))) // logits with a deviation of 3
+	e.Len, e.Layer = length, 7
+	return e
+}
+
+const (
+	fullINT4  = `{"selector": {"type": "full"}, "weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.85}, "skip_first_two_layers": false}`
+	questINT4 = `{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.85}, "skip_first_two_layers": false}`
+)
+
+// TestDensePaths: each reason to be dense is told, and a Result goes from dense to sparse and back.
+func TestDensePaths(t *testing.T) {
+	t.Parallel()
+	nan := func(position int) func(e *example) {
+		return func(e *example) { e.keys[position*e.KDim+3] = float32(math.NaN()) }
+	}
+	inf := func(e *example) { e.Queries[1] = float32(math.Inf(1)) }
+	none := func(*example) {}
+	var s pipeline.Scratch
+	var res pipeline.Result
+	for _, test := range []struct {
+		name, config string
+		change       func(e *example)
+		want         pipeline.Reason
+	}{
+		{"default config", ``, none, 0},
+		{"no stages", `{}`, none, pipeline.Configured},
+		{"no stages, layer 0", `{}`, func(e *example) { e.Layer = 0 }, pipeline.Configured},
+		{"layer 1", ``, func(e *example) { e.Layer = 1 }, pipeline.SkippedLayer},
+		{"layer 1, not skipped", questINT4, func(e *example) { e.Layer = 1 }, 0},
+		{"below", `{"weight_pruner": {"type": "top_p"}, "dense_below": 301}`, none, pipeline.ShortContext},
+		{"not below", `{"weight_pruner": {"type": "top_p"}, "dense_below": 300}`, none, 0},
+		{"below without padding", `{"weight_pruner": {"type": "top_p"}, "dense_below": 300}`, func(e *example) { e.First = 1 }, pipeline.ShortContext},
+		{"NaN in a key, quest", questINT4, nan(150), pipeline.NotFinite},
+		{"NaN in a key, full", fullINT4, nan(150), pipeline.NotFinite},
+		{"NaN in a key, exact", `{"weight_pruner": {"type": "top_p"}}`, nan(0), pipeline.NotFinite},
+		{"NaN in a key, per query head", `{"weight_pruner": {"type": "top_p"}, "group": "per_query_head"}`, nan(0), pipeline.NotFinite},
+		{"Inf in a query", questINT4, inf, pipeline.NotFinite},
+		{"default config again", ``, none, 0},
+	} {
+		e := fixed(t, test.config, 300, 3, 64)
+		test.change(e)
+		e.run(t, &s, &res)
+		switch {
+		case res.Reason != test.want || (res.Path == pipeline.Dense) != (test.want != 0):
+			t.Errorf("%s: path %v, reason %v, want reason %v", test.name, res.Path, res.Reason, test.want)
+		case test.want == 0:
+			if len(res.Lists) == 0 || res.Kept[0] >= 300 {
+				t.Errorf("%s: %d lists, %d kept", test.name, len(res.Lists), res.Kept[0])
+			}
+		case res.Lists != nil || res.Kept[0] != e.Len-e.First || res.Candidates[0] != e.Len-e.First || res.Mass[2] != 1 || res.Coverage[2] != 1:
+			t.Errorf("%s: not the result of a dense row: %+v", test.name, res)
+		}
+		if clean := test.want != pipeline.NotFinite; clean == math.IsNaN(float64(res.Output[5])) {
+			t.Errorf("%s: output %v", test.name, res.Output[5])
+		}
+	}
+}
+
+// TestGroupOfOne: with one query head the group modes are one.
+func TestGroupOfOne(t *testing.T) {
+	t.Parallel()
+	var outputs [][]float32
+	var lists [][]int32
+	for _, group := range []pipeline.Group{pipeline.Union, pipeline.PerQueryHead} {
+		e := fixed(t, questINT4, 1000, 1, 64)
+		e.config.Group = group
+		var res pipeline.Result
+		e.run(t, new(pipeline.Scratch), &res)
+		outputs, lists = append(outputs, res.Output), append(lists, res.Lists[0])
+	}
+	if !slices.Equal(outputs[0], outputs[1]) || !slices.Equal(lists[0], lists[1]) {
+		t.Error("the group modes differ")
+	}
+}
+
+func TestListsOnly(t *testing.T) {
+	t.Parallel()
+	for _, config := range []string{questINT4, `{}`} {
+		var whole, only pipeline.Result
+		e := fixed(t, config, 1000, 3, 64)
+		e.run(t, new(pipeline.Scratch), &whole)
+		e.ListsOnly = true
+		e.Values = kv.Reader{}
+		e.run(t, new(pipeline.Scratch), &only)
+		if len(only.Output) != 0 || !slices.Equal(only.Kept, whole.Kept) || len(only.Lists) != len(whole.Lists) {
+			t.Errorf("%s: output %v, kept %v of %v", config, only.Output, only.Kept, whole.Kept)
+		}
+		for i := range only.Lists {
+			if !slices.Equal(only.Lists[i], whole.Lists[i]) {
+				t.Errorf("%s: list %d differs", config, i)
+			}
+		}
+	}
+}
+
+// TestPOverAll: a share of everything takes more than a share of the candidates.
+func TestPOverAll(t *testing.T) {
+	t.Parallel()
+	kept := map[pipeline.POver]int{}
+	for _, over := range []pipeline.POver{pipeline.OverCandidates, pipeline.OverAll} {
+		e := fixed(t, questINT4, 2000, 1, 64)
+		e.config.POver = over
+		var res pipeline.Result
+		e.run(t, new(pipeline.Scratch), &res)
+		kept[over] = res.Kept[0]
+		if share := res.Mass[0]; (over == pipeline.OverAll) != (share > .84) {
+			t.Errorf("p over %s: mass %v", over, share)
+		}
+	}
+	if kept[pipeline.OverAll] <= kept[pipeline.OverCandidates] {
+		t.Errorf("kept %v", kept)
+	}
+}
+
+func TestNoAllocation(t *testing.T) {
+	for _, config := range []string{
+		questINT4, fullINT4, `{}`, `{"weight_pruner": {"type": "threshold", "threshold": 3}}`,
+		`{"selector": {"type": "quest", "token_budget": 200}, "weight_pruner": {"type": "top_p"}, "group": "per_query_head", "p_over": "all", "pin_first_chunk": false}`,
+	} {
+		e := fixed(t, config, 1000, 4, 128)
+		e.Softcap = 30
+		var s pipeline.Scratch
+		var res pipeline.Result
+		p := e.run(t, &s, &res)
+		t.Run(config, func(t *testing.T) { kvtest.NoAllocation(t, func() { p.Run(&s, &e.Row, &res) }) })
+	}
+}
+
+// BenchmarkRow runs one row of an fp16 cache with normal keys.
+func BenchmarkRow(b *testing.B) {
+	for _, n := range []int{4096, 32768} {
+		for _, group := range []int{1, 4} {
+			for _, dim := range []int{64, 128} {
+				for _, config := range []struct{ name, json string }{
+					{"dense", `{}`}, {"full+int4+top_p", fullINT4}, {"quest+int4+top_p", questINT4},
+				} {
+					b.Run(fmt.Sprintf("N=%d/G=%d/D=%d/%s", n, group, dim, config.name), func(b *testing.B) {
+						e := fixed(b, config.json, n, group, dim)
+						var s pipeline.Scratch
+						var res pipeline.Result
+						p := e.run(b, &s, &res)
+						var sum pipeline.Timing
+						for b.Loop() {
+							p.Run(&s, &e.Row, &res)
+							sum.Select += res.Timing.Select
+							sum.Prune += res.Timing.Prune
+							sum.Attend += res.Timing.Attend
+						}
+						b.ReportMetric(float64(sum.Select.Nanoseconds())/float64(b.N), "select-ns")
+						b.ReportMetric(float64(sum.Prune.Nanoseconds())/float64(b.N), "prune-ns")
+						b.ReportMetric(float64(sum.Attend.Nanoseconds())/float64(b.N), "attend-ns")
+						b.ReportMetric(float64(res.Kept[0]), "kept")
+					})
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,38 @@
+package maxquant
+
+import (
+	"github.com/twilight-sidecar/twilight/internal/lowbit"
+	"github.com/twilight-sidecar/twilight/pruner"
+	"github.com/twilight-sidecar/twilight/pruner/internal/smooth"
+)
+
+// Config holds the method's keys.
+type Config struct {
+	// QuantBit is the width of a code: 2, 4 or 8.
+	QuantBit int `json:"quant_bit"`
+	// SmoothK centres the channels before keys are quantised.
+	SmoothK bool `json:"smooth_k"`
+}
+
+// Default is 4 bits of centred keys.
+func Default() *Config { return &Config{QuantBit: 4, SmoothK: true} }
+
+// Method is the entry for a registry.
+func Method() pruner.EstimatorMethod {
+	return pruner.EstimatorMethod{
+		Type:    "max_quant",
+		Default: func() pruner.EstimatorConfig { return Default() },
+	}
+}
+
+// Validate implements pruner.EstimatorConfig.
+func (c *Config) Validate() error { return lowbit.CheckBits(c.QuantBit) }
+
+// New implements pruner.EstimatorConfig.
+func (c *Config) New() pruner.Estimator {
+	e := smooth.Estimator{Format: lowbit.Format{Bits: c.QuantBit, Symmetric: true}}
+	if c.SmoothK {
+		e.Smoothing = smooth.Centre
+	}
+	return e
+}

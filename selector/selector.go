@@ -1,0 +1,57 @@
+// Package selector holds what every token selector shares. A selector picks, for each row, a generous
+// set of candidate tokens (I0) whose attention may matter; each method is a folder below this one.
+package selector
+
+import "github.com/twilight-sidecar/twilight/kv"
+
+// Selector picks candidates. Implementations hold configuration only and are safe for concurrent use;
+// what a call needs besides is in the Row.
+type Selector interface {
+	// Shadow returns what the method keeps of the keys, nil for nothing.
+	Shadow() kv.Shadow
+
+	// Select appends the candidates of a row to dst: positions in [row.First, row.Len), ascending,
+	// each once, never none. Pins are within the budget.
+	Select(dst []int32, row *Row) []int32
+}
+
+// Row is what a selector may look at: one KV head of one sequence, asked by one query head or by all
+// that share it. Its slices belong to the caller and are read-only but for Bounds and Scratch.
+type Row struct {
+	// Layer is the model's layer index, Head the KV head.
+	Layer, Head int
+
+	// Queries holds the asking query heads, [n][Dim], each multiplied by the softmax scale: one head
+	// under "per_query_head", the whole group under "union", whose candidates are ranked by the sum of
+	// the heads' scores.
+	Queries [][]float32
+	Dim     int
+
+	// First and Len bound the valid positions: [First, Len), at least one.
+	First, Len int
+
+	// Keys reads the row's exact keys.
+	Keys kv.Reader
+	// Records reads the selector's own shadow; nil if it declares none.
+	Records kv.Records
+
+	// TokenBudget, if > 0, replaces the configured budget.
+	TokenBudget int
+	// PinFirst and PinCurrent make the chunk of the first valid token and that of the last token
+	// candidates, whatever their score.
+	PinFirst, PinCurrent bool
+
+	// Bounds, if the method has them, is set by Select to upper bounds on each query's logits before
+	// softcap, [n][chunks], for the chunks from that of First on: what the candidates' coverage is
+	// estimated from. It stays valid until the next Select with this Row.
+	Bounds [][]float32
+
+	// Scratch is reused by the method from call to call with this Row.
+	Scratch Scratch
+}
+
+// Scratch is memory that a method reuses between calls with one Row.
+type Scratch struct {
+	F32 []float32
+	I32 []int32
+}
