@@ -1,0 +1,239 @@
+// Package gpu is the boundary to compute devices: it imports an engine's memory, holds the shadow,
+// indexes, and runs the layers of decode steps. gpu/host is the CPU, gpu/cuda NVIDIA GPUs; gpu/gputest
+// is the suite that every Device must pass.
+//
+// What is wrong with a request is a *fault.Error, whose field is named as in proto/twilight/v1.
+//
+// A Device serves many leases at once. A Lease and what hangs on it serve one caller at a time, except
+// Close, which may come at any moment and waits for what runs.
+package gpu
+
+import (
+	"context"
+	"time"
+
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
+)
+
+// Device is a place where layers can run. What Info does not declare is refused with fault.Unsupported.
+type Device interface {
+	Info() Info
+
+	// ShadowBytesPerToken is what the shadow takes for a token, over all layers and KV heads of g.
+	ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (float64, error)
+
+	// Open reserves the device for a geometry and a config.
+	Open(ctx context.Context, g *kv.Geometry, cfg *pipeline.Config) (Lease, error)
+
+	// SelfTest runs a layer of known result through the device. Nothing is served before it passed.
+	SelfTest(ctx context.Context) error
+
+	// Close ends all leases and frees the device. It may be called twice.
+	Close() error
+}
+
+// Info is what a device declares it can do.
+type Info struct {
+	ID      string // "host", or a GPU's UUID
+	Backend string // "host" or "cuda"
+	Name    string
+
+	ShadowBytesTotal, ShadowBytesFree uint64
+	Limits                            Limits
+
+	CacheDTypes, QueryDTypes []kv.DType
+	HeadSizes                []int // nil: all from 1 to MaxHeadSize
+	MaxHeadSize              int
+	MaxGroup                 int
+
+	Selectors, Estimators, Pruners, Compressors []string
+
+	Kernels     []string
+	Regions     []RegionKind
+	ArmedSteps  bool
+	DeviceBatch bool
+}
+
+// Limits bound what one lease may ask for.
+type Limits struct {
+	// Batch is the most rows of a step.
+	Batch int
+	// SequenceTokens is the most tokens of one sequence.
+	SequenceTokens int
+	// ShadowBytes is what the lease's caches may take together.
+	ShadowBytes uint64
+}
+
+// Lease is one engine's use of a device.
+type Lease interface {
+	// Import maps a region of the engine's memory. It takes ownership of region's descriptors, also
+	// when it fails.
+	Import(ctx context.Context, region *Region) (Memory, error)
+
+	// NewCache describes a cache in imported memory and takes its shadow.
+	NewCache(ctx context.Context, spec *CacheSpec) (Cache, error)
+
+	// ShadowBytes is what NewCache would take.
+	ShadowBytes(spec *CacheSpec) (uint64, error)
+
+	// Close waits for running work, then releases every cache and memory. It may be called twice.
+	Close() error
+}
+
+// RegionKind is a way for memory to reach the device.
+type RegionKind uint8
+
+// The kinds, as in proto RegionKind.
+const (
+	SharedMemory RegionKind = iota + 1
+	CUDAIPC
+	CUDAVMM
+	CUDAFabric
+)
+
+func (k RegionKind) String() string {
+	switch k {
+	case SharedMemory:
+		return "shared memory"
+	case CUDAIPC:
+		return "CUDA IPC"
+	case CUDAVMM:
+		return "CUDA VMM"
+	case CUDAFabric:
+		return "CUDA fabric"
+	}
+	return "unknown"
+}
+
+// Region is memory that an engine lends.
+type Region struct {
+	Kind     RegionKind
+	Size     uint64
+	Writable bool
+	// Device is the UUID of the GPU that holds it, "" for shared memory.
+	Device string
+	// Offset is the region's first byte: in the file, from the allocation's base, or from the first
+	// chunk's start.
+	Offset uint64
+	// Chunks is the one descriptor or handle of the memory, or for VMM and fabric all of its physical
+	// chunks in address order.
+	Chunks []Chunk
+}
+
+// Chunk is one descriptor (FD, owned by the Region) or handle of a region's memory.
+type Chunk struct {
+	FD     int // -1 without
+	Handle []byte
+	Size   uint64
+}
+
+// Memory is an imported region.
+type Memory interface {
+	Size() uint64
+	Writable() bool
+
+	// Digest returns the SHA-256 of length bytes at offset, as the device reads them.
+	Digest(ctx context.Context, offset uint64, length uint32) ([32]byte, error)
+
+	// Release unmaps the memory once nothing runs on it. It fails with fault.Precondition while a cache lies in
+	// it.
+	Release() error
+}
+
+// Span is a place in imported memory.
+type Span struct {
+	Memory Memory
+	Offset uint64
+}
+
+// Strides are byte distances from one page, KV head and token to the next.
+type Strides struct{ Page, Head, Token uint64 }
+
+// CacheSpec says where a cache lies. Sizes and offsets are checked by NewCache.
+type CacheSpec struct {
+	DType              kv.DType
+	PageSize, NumPages int
+	K, V               Strides
+	NullPage           int32 // -1: none
+	Layers             []CacheLayer
+	// MaxTokens bounds the tokens of all live sequences where PageSize is no multiple of 16; 0 means
+	// NumPages*PageSize.
+	MaxTokens int
+}
+
+// CacheLayer is where one layer's keys and values start.
+type CacheLayer struct {
+	Layer            int // the model's layer index
+	K, V             Span
+	KScales, VScales []float32 // nil, one, or one per KV head
+}
+
+// Cache is a registered cache with its shadow and its current step.
+type Cache interface {
+	ShadowBytes() uint64
+
+	// Step makes the batch the current one. A refused step leaves the previous one current.
+	Step(ctx context.Context, step *kv.Step) error
+
+	// Index indexes what the current step made new in all layers.
+	Index(ctx context.Context) (kv.IndexStats, error)
+
+	// Layer indexes one layer of the current step and, if req has a query, runs it. res is
+	// overwritten; its slices are reused.
+	Layer(ctx context.Context, req *LayerRequest, res *LayerResult) error
+
+	// Close waits for running work and frees the shadow. It may be called twice.
+	Close() error
+}
+
+// Tensor is [B, heads, dim] in imported memory or, with a nil Memory, packed in Inline. Zero strides
+// mean packed.
+type Tensor struct {
+	Inline                []byte
+	Memory                Memory
+	Offset                uint64
+	RowStride, HeadStride uint64
+}
+
+// ListBuffer takes pruned lists: int32 [R, Capacity] at Lists and their lengths, int32 [R], at Counts.
+type ListBuffer struct {
+	Lists, Counts Span
+	Capacity      int
+}
+
+// LayerRequest asks for one layer of the current step.
+type LayerRequest struct {
+	Layer int
+	// Query is nil to index only.
+	Query *Tensor
+	// Output is nil to have it in LayerResult.Output.
+	Output *Tensor
+	// Lists asks for LayerResult.Lists; ListBuffer, if not nil, takes the lists in its place.
+	Lists      bool
+	ListBuffer *ListBuffer
+	// ListsOnly leaves attention to the engine.
+	ListsOnly bool
+	// P and TokenBudget are nil, or per sequence; 0 keeps the config's.
+	P           []float32
+	TokenBudget []uint32
+}
+
+// LayerResult is a layer's answer. Columns of R are ordered by sequence, then head.
+type LayerResult struct {
+	Candidates, Kept []uint32 // R
+	Paths            []pipeline.Path
+	Reasons          []pipeline.Reason
+	Lists            []int32 // the rows' lists, Kept[r] entries each
+	Truncated        []uint32
+	Output           []byte
+	Mass, Coverage   []float32 // B*Hq, or empty where unknown
+	Index            kv.IndexStats
+	Timing           Timing
+}
+
+// Timing is how long a layer took. Stages are summed over rows that ran in parallel.
+type Timing struct {
+	Wall, Index time.Duration
+	pipeline.Timing
+}

@@ -1,0 +1,89 @@
+// Package gputest is what every gpu.Device must pass. It plays an engine that owns a KV cache, lends it
+// to the device, and holds what comes back against attention computed plainly in float64.
+package gputest
+
+import (
+	"testing"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+)
+
+// Memory allocates engine memory that a device can import.
+type Memory interface {
+	// Alloc returns size zero bytes that live until the test ends.
+	Alloc(t testing.TB, size int) Buffer
+}
+
+// Buffer is engine memory.
+type Buffer interface {
+	// Region lends the buffer's first size bytes. Each call makes a descriptor of its own.
+	Region(t testing.TB, size int, writable bool) *gpu.Region
+	Write(offset int, data []byte)
+	Read(offset int, data []byte)
+}
+
+// Option changes how strict the suite is.
+type Option func(*suite)
+
+// Slack allows that a share of the tokens of a list, and two more, are others than the reference's, as
+// those at the edge of a set may be on a device that sums in another order. Estimates may then be off
+// by as much. Without it there is none.
+func Slack(share float64) Option { return func(s *suite) { s.slack = share } }
+
+// Run runs the suite. newDevice makes a device that it closes when the test ends. What the device does
+// not declare in its Info is skipped, and nothing else.
+func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, options ...Option) {
+	for _, test := range []struct {
+		name string
+		run  func(t *testing.T, s *suite)
+	}{
+		{"SelfTest", testSelfTest},
+		{"DTypes", testDTypes},
+		{"HeadSizes", testHeadSizes},
+		{"Groups", testGroups},
+		{"Methods", testMethods},
+		{"Logits", testLogits},
+		{"Scales", testScales},
+		{"Layouts", testLayouts},
+		{"Placement", testPlacement},
+		{"Tensors", testTensors},
+		{"Append", testAppend},
+		{"IndexOnly", testIndexOnly},
+		{"PageReuse", testPageReuse},
+		{"PageClaim", testPageClaim},
+		{"SequenceClaim", testSequenceClaim},
+		{"SharedPrefix", testSharedPrefix},
+		{"Truncation", testTruncation},
+		{"Slots", testSlots},
+		{"History", testHistory},
+		{"LeftPadding", testLeftPadding},
+		{"VoidRows", testVoidRows},
+		{"ValuePages", testValuePages},
+		{"NullPage", testNullPage},
+		{"Overrides", testOverrides},
+		{"Lists", testLists},
+		{"Refusals", testRefusals},
+		{"Cancellation", testCancellation},
+		{"Lifetimes", testLifetimes},
+		{"ShadowBytes", testShadowBytes},
+		{"Leaks", testLeaks},
+		{"Neighbours", testNeighbours},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			device := newDevice(t)
+			s := &suite{device: device, info: device.Info(), memory: mem}
+			for _, o := range options {
+				o(s)
+			}
+			test.run(t, s)
+		})
+	}
+}
+
+// suite is what a test runs on.
+type suite struct {
+	device gpu.Device
+	info   gpu.Info
+	memory Memory
+	slack  float64
+}

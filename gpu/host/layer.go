@@ -1,0 +1,332 @@
+package host
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
+)
+
+// entryBytes is the size of an int32 in a list buffer.
+const entryBytes = 4
+
+// call is a call of Layer, shared by its tasks. Task b*Hkv+h is the row of sequence b and KV head h.
+type call struct {
+	layer   int // index in the cache's layers
+	request *gpu.LayerRequest
+	answer  *gpu.LayerResult
+	rows    []kv.SeqRow
+
+	query, output tensor
+	lists, counts extent // a list buffer's
+	listData      []byte // nil without
+	countData     []byte
+
+	tasks   int
+	queries []float32         // decoded, [B][Hq][KDim]
+	results []pipeline.Result // by task, and those of larger batches
+}
+
+func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
+	c.lease.mu.Lock()
+	defer c.lease.mu.Unlock()
+	start := time.Now()
+	if err := c.usable(ctx); err != nil {
+		return err
+	}
+	i, ok := c.byModel[request.Layer]
+	if !ok {
+		return fault.Newf(fault.NotFound, "layer", "the cache has no layer %d: name one of its own", request.Layer)
+	}
+	if !c.stepped {
+		return errNoStep
+	}
+	a := &c.call
+	*a = call{
+		layer: i, request: request, answer: answer, rows: c.tracker.Rows(),
+		queries: a.queries, results: a.results,
+	}
+	defer func() { *a = call{queries: a.queries, results: a.results} }() // nothing of the caller's is kept
+	if err := c.run(ctx, a); err != nil {
+		return c.lease.explain(err, a.query.extent, a.output.extent, a.lists, a.counts,
+			c.layers[i].extents[0], c.layers[i].extents[1])
+	}
+	answer.Timing.Wall = time.Since(start)
+	return nil
+}
+
+func (c *cache) run(ctx context.Context, a *call) error {
+	*a.answer = gpu.LayerResult{
+		Candidates: a.answer.Candidates[:0], Kept: a.answer.Kept[:0],
+		Paths: a.answer.Paths[:0], Reasons: a.answer.Reasons[:0],
+		Lists: a.answer.Lists[:0], Truncated: a.answer.Truncated[:0], Output: a.answer.Output[:0],
+		Mass: a.answer.Mass[:0], Coverage: a.answer.Coverage[:0],
+	}
+	pool := c.lease.device.pool
+	if a.request.Query != nil {
+		if err := c.prepare(a); err != nil {
+			return err
+		}
+		if err := pool.do(ctx, c.job, len(a.rows), c.queryTask); err != nil {
+			return err
+		}
+	}
+	busy, err := c.indexLayer(ctx, a.layer, &a.answer.Index)
+	if err != nil {
+		return err
+	}
+	a.answer.Timing.Index = busy
+	if a.request.Query == nil {
+		return nil
+	}
+	if err := pool.do(ctx, c.job, a.tasks, c.attendTask); err != nil {
+		return err
+	}
+	c.finish(a)
+	return nil
+}
+
+// prepare checks a request and makes room for its results.
+func (c *cache) prepare(a *call) error {
+	l, g, r := c.lease, &c.lease.geometry, a.request
+	batch := len(a.rows)
+	if len(r.P) != 0 && len(r.P) != batch {
+		return fault.Newf(fault.Invalid, "p", "%d values must be none or one for each of the %d sequences", len(r.P), batch)
+	}
+	for b, p := range r.P {
+		if !(p >= 0 && p <= 1) {
+			return fault.Newf(fault.Invalid, fmt.Sprintf("p[%d]", b), "%v must be in [0, 1]", p)
+		}
+	}
+	if len(r.TokenBudget) != 0 && len(r.TokenBudget) != batch {
+		return fault.Newf(fault.Invalid, "token_budget",
+			"%d values must be none or one for each of the %d sequences", len(r.TokenBudget), batch)
+	}
+
+	var err error
+	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, "query"); err != nil {
+		return err
+	}
+	if err := c.prepareOutput(a); err != nil {
+		return err
+	}
+	if err := c.prepareLists(a); err != nil {
+		return err
+	}
+
+	a.queries = sized(a.queries, batch*g.QueryHeads*g.KDim)
+	a.tasks = batch * g.KVHeads
+	if more := a.tasks - len(a.results); more > 0 {
+		a.results = append(a.results, make([]pipeline.Result, more)...)
+	}
+	listRows := a.tasks * l.lists
+	a.answer.Candidates, a.answer.Kept = sized(a.answer.Candidates, listRows), sized(a.answer.Kept, listRows)
+	a.answer.Paths, a.answer.Reasons = sized(a.answer.Paths, listRows), sized(a.answer.Reasons, listRows)
+	a.answer.Mass = sized(a.answer.Mass, batch*g.QueryHeads)
+	a.answer.Coverage = sized(a.answer.Coverage, batch*g.QueryHeads)
+	return nil
+}
+
+// prepareOutput finds where outputs go.
+func (c *cache) prepareOutput(a *call) (err error) {
+	g, batch := &c.lease.geometry, len(a.rows)
+	if a.request.ListsOnly {
+		return nil
+	}
+	if a.request.Output == nil {
+		vector := g.VDim * g.Output.Size()
+		a.answer.Output = sized(a.answer.Output, batch*g.QueryHeads*vector)
+		a.output = packed(a.answer.Output, g.QueryHeads, vector)
+		return nil
+	}
+	a.output, err = c.lease.tensor(a.request.Output, batch, g.QueryHeads, g.VDim, g.Output, "output")
+	if err != nil || a.request.Output.Memory == nil {
+		return err
+	}
+	return c.lease.writable(a.output.extent)
+}
+
+// prepareLists finds the buffer that lists go to, if one was given.
+func (c *cache) prepareLists(a *call) (err error) {
+	buffer := a.request.ListBuffer
+	if buffer == nil {
+		return nil
+	}
+	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
+		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
+	}
+	size := uint64(len(a.rows)*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
+	for _, p := range []struct {
+		at     gpu.Span
+		size   uint64
+		name   string
+		extent *extent
+		data   *[]byte
+	}{
+		{buffer.Lists, size * uint64(buffer.Capacity), "list_buffer.lists", &a.lists, &a.listData},
+		{buffer.Counts, size, "list_buffer.counts", &a.counts, &a.countData},
+	} {
+		if *p.extent, *p.data, err = c.lease.locate(p.at.Memory, p.at.Offset, p.size, entryBytes, p.name); err != nil {
+			return err
+		}
+		if err := c.lease.writable(*p.extent); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readQuery decodes the queries of a sequence.
+func (c *cache) readQuery(_, b int) error {
+	g, a := &c.lease.geometry, &c.call
+	if a.rows[b].Len == 0 {
+		return nil
+	}
+	for h := range g.QueryHeads {
+		q := a.queries[(b*g.QueryHeads+h)*g.KDim:][:g.KDim]
+		g.Query.Decode(q, a.query.at(b, h))
+		for d := range q {
+			if g.QueryScale != 1 {
+				q[d] *= g.QueryScale
+			}
+			if math.IsNaN(float64(q[d])) || math.IsInf(float64(q[d]), 0) {
+				return fault.Newf(fault.Invalid, fmt.Sprintf("query[%d][%d][%d]", b, h, d),
+					"%v must be finite", q[d])
+			}
+		}
+	}
+	return nil
+}
+
+// attend runs a row and writes what came of it.
+func (c *cache) attend(worker, task int) error {
+	g, a, s := &c.lease.geometry, &c.call, &c.lease.scratch[worker]
+	b, head := task/g.KVHeads, task%g.KVHeads
+	seq, result := &a.rows[b], &a.results[task]
+	if seq.Len == 0 {
+		c.void(a, task)
+		return nil
+	}
+
+	layer, group := &c.layers[a.layer], g.Group()
+	s.row = pipeline.Row{
+		Layer: layer.model, KVHead: head,
+		Queries: a.queries[(b*g.QueryHeads+head*group)*g.KDim:][:group*g.KDim],
+		Keys:    layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
+		First: seq.First, Len: seq.Len,
+		SelectorRecords:  c.selector.records(&s.selector, a.layer, head, seq.Chunks),
+		EstimatorRecords: c.estimator.records(&s.estimator, a.layer, head, seq.Chunks),
+		ListsOnly:        a.request.ListsOnly,
+	}
+	if len(a.request.P) > 0 {
+		s.row.P = a.request.P[b]
+	}
+	if len(a.request.TokenBudget) > 0 {
+		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	}
+	c.lease.pipeline.Run(&s.pipeline, &s.row, result)
+
+	for i := range c.lease.lists {
+		r := task*c.lease.lists + i
+		a.answer.Candidates[r], a.answer.Kept[r] = uint32(result.Candidates[i]), uint32(result.Kept[i])
+		a.answer.Paths[r], a.answer.Reasons[r] = result.Path, result.Reason
+		if a.listData != nil {
+			storeList(a, r, result, i, seq)
+		}
+	}
+	for i := range group {
+		q := task*group + i
+		a.answer.Mass[q], a.answer.Coverage[q] = result.Mass[i], result.Coverage[i]
+		if !a.request.ListsOnly {
+			g.Output.Encode(a.output.at(b, head*group+i), result.Output[i*g.VDim:][:g.VDim])
+		}
+	}
+	return nil
+}
+
+// void is attend for a sequence of length 0.
+func (c *cache) void(a *call, task int) {
+	g := &c.lease.geometry
+	for i := range c.lease.lists {
+		r := task*c.lease.lists + i
+		a.answer.Candidates[r], a.answer.Kept[r] = 0, 0
+		a.answer.Paths[r], a.answer.Reasons[r] = pipeline.Void, pipeline.Empty
+		if a.listData != nil {
+			binary.LittleEndian.PutUint32(a.countData[r*entryBytes:], 0)
+		}
+	}
+	group := g.Group()
+	for i := range group {
+		q := task*group + i
+		a.answer.Mass[q], a.answer.Coverage[q] = 0, 0
+		if !a.request.ListsOnly {
+			clear(a.output.at(task/g.KVHeads, task%g.KVHeads*group+i)[:g.VDim*g.Output.Size()])
+		}
+	}
+}
+
+// storeList writes list i of a row to the list buffer, as list row r, cut to its capacity.
+func storeList(a *call, r int, result *pipeline.Result, i int, seq *kv.SeqRow) {
+	capacity := a.request.ListBuffer.Capacity
+	n := min(result.Kept[i], capacity)
+	data := a.listData[r*capacity*entryBytes:]
+	for j := range n {
+		binary.LittleEndian.PutUint32(data[j*entryBytes:], uint32(entry(result, i, j, seq)))
+	}
+	binary.LittleEndian.PutUint32(a.countData[r*entryBytes:], uint32(n))
+}
+
+// entry is position j of list i. A dense row has no list but keeps every valid position.
+func entry(result *pipeline.Result, i, j int, seq *kv.SeqRow) int32 {
+	if result.Lists == nil {
+		return int32(seq.First + j)
+	}
+	return result.Lists[i][j]
+}
+
+// finish gathers what tasks cannot write side by side.
+func (c *cache) finish(a *call) {
+	g, answer := &c.lease.geometry, a.answer
+	known, covered := false, false
+	for task := range a.tasks {
+		seq, result := &a.rows[task/g.KVHeads], &a.results[task]
+		if seq.Len == 0 {
+			continue
+		}
+		answer.Timing.Select += result.Timing.Select
+		answer.Timing.Prune += result.Timing.Prune
+		answer.Timing.Attend += result.Timing.Attend
+		for i := range result.Mass {
+			known = known || !math.IsNaN(float64(result.Mass[i]))
+			covered = covered || !math.IsNaN(float64(result.Coverage[i]))
+		}
+		for i, kept := range result.Kept {
+			switch {
+			case a.request.ListBuffer != nil:
+				if kept > a.request.ListBuffer.Capacity {
+					answer.Truncated = append(answer.Truncated, uint32(task*c.lease.lists+i))
+				}
+			case a.request.Lists:
+				for j := range kept {
+					answer.Lists = append(answer.Lists, entry(result, i, j, seq))
+				}
+			}
+		}
+	}
+	if !known {
+		answer.Mass = answer.Mass[:0]
+	}
+	if !covered {
+		answer.Coverage = answer.Coverage[:0]
+	}
+}
+
+// sized returns s with length n and any content.
+func sized[T any](s []T, n int) []T { return slices.Grow(s[:0], n)[:n] }

@@ -1,0 +1,295 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/bits"
+	"slices"
+	"sync"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
+)
+
+// lease is one engine's use of the device. Its lock is held by whatever runs on it, its memories and its
+// caches.
+type lease struct {
+	device              *Device
+	geometry            kv.Geometry
+	pipeline            *pipeline.Pipeline
+	selector, estimator kv.Shadow // nil where a method keeps nothing
+	lists               int       // lists of a row: one, or one for each query head of its group
+
+	scratch []scratch // by worker
+
+	mu       sync.Mutex
+	closed   bool
+	memories map[*memory]struct{}
+	caches   map[*cache]struct{}
+
+	shadowBytes uint64 // taken; under the device's lock
+}
+
+var _ gpu.Lease = (*lease)(nil)
+
+// scratch is the memory of a worker on a lease.
+type scratch struct {
+	pipeline            pipeline.Scratch
+	row                 pipeline.Row
+	selector, estimator records
+	keys                []float32
+}
+
+// keyBuffer is memory for n elements of keys, of any content.
+func (s *scratch) keyBuffer(n int) []float32 {
+	s.keys = sized(s.keys, n)
+	return s.keys
+}
+
+// newLease checks that the device serves g by cfg. The lease is not yet open.
+func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) {
+	if err := checkGeometry(g); err != nil {
+		return nil, fault.In("geometry", err)
+	}
+	p, err := pipeline.New(cfg, g)
+	if err != nil {
+		return nil, fault.In("config", err)
+	}
+	l := &lease{
+		device: d, geometry: *g, pipeline: p, lists: 1,
+		scratch:  make([]scratch, d.options.Workers),
+		memories: map[*memory]struct{}{}, caches: map[*cache]struct{}{},
+	}
+	l.geometry.Sinks = slices.Clone(g.Sinks)
+	l.selector, l.estimator = p.Shadows()
+	if cfg.Group == pipeline.PerQueryHead {
+		l.lists = g.Group()
+	}
+	return l, nil
+}
+
+func checkGeometry(g *kv.Geometry) error {
+	for _, f := range []struct {
+		name     string
+		value    int
+		min, max int
+		kind     fault.Kind
+	}{
+		{"num_layers", g.Layers, 1, math.MaxInt32, fault.Invalid},
+		{"kv_heads", g.KVHeads, 1, math.MaxInt32, fault.Invalid},
+		{"query_heads", g.QueryHeads, g.KVHeads, math.MaxInt32, fault.Invalid},
+		{"k_dim", g.KDim, 1, maxHeadSize, fault.Unsupported},
+		{"v_dim", g.VDim, 1, maxHeadSize, fault.Unsupported},
+	} {
+		if f.value < f.min || f.value > f.max {
+			return fault.Newf(f.kind, f.name, "%d must be in [%d, %d]", f.value, f.min, f.max)
+		}
+	}
+	scale := float64(g.Scale)
+	switch {
+	case g.QueryHeads%g.KVHeads != 0:
+		return fault.Newf(fault.Invalid, "query_heads",
+			"%d must be a multiple of kv_heads, %d", g.QueryHeads, g.KVHeads)
+	case g.Group() > maxGroup:
+		return fault.Newf(fault.Unsupported, "query_heads",
+			"%d for %d KV heads make a group of more than %d", g.QueryHeads, g.KVHeads, maxGroup)
+	case scale == 0 || math.IsNaN(scale) || math.IsInf(scale, 0):
+		return fault.Newf(fault.Invalid, "softmax_scale", "%v must be finite and not 0", g.Scale)
+	case !(g.Softcap >= 0) || math.IsInf(float64(g.Softcap), 0):
+		return fault.Newf(fault.Invalid, "logit_softcap", "%v must be finite, and 0 or more", g.Softcap)
+	case g.Sinks != nil && len(g.Sinks) != g.QueryHeads:
+		return fault.Newf(fault.Invalid, "sinks",
+			"%d must be none or one for each of the %d query heads", len(g.Sinks), g.QueryHeads)
+	case !slices.Contains(dtypes, g.Query):
+		return fault.Newf(fault.Unsupported, "query_dtype", "%v is not served: use one of %v", g.Query, dtypes)
+	case !(g.QueryScale > 0) || math.IsInf(float64(g.QueryScale), 0):
+		return fault.Newf(fault.Invalid, "query_scale", "%v must be finite and positive", g.QueryScale)
+	case g.QueryScale != 1 && g.Query != kv.F8E4M3:
+		return fault.Newf(fault.Invalid, "query_scale", "%v is for fp8 queries: use 1 with %v", g.QueryScale, g.Query)
+	case !slices.Contains(dtypes, g.Output) || g.Output == kv.F8E4M3:
+		return fault.Newf(fault.Unsupported, "output_dtype", "%v is not served: use fp32, fp16 or bf16", g.Output)
+	}
+	for i, s := range g.Sinks {
+		if math.IsNaN(float64(s)) || math.IsInf(float64(s), 0) {
+			return fault.Newf(fault.Invalid, fmt.Sprintf("sinks[%d]", i), "%v must be finite", s)
+		}
+	}
+	return nil
+}
+
+// Import implements gpu.Lease.
+func (l *lease) Import(ctx context.Context, region *gpu.Region) (gpu.Memory, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.usable(ctx); err != nil {
+		closeAll(region.Chunks)
+		return nil, err
+	}
+	data, err := mapRegion(region)
+	if err != nil {
+		return nil, err
+	}
+	m := &memory{lease: l, size: region.Size, writable: region.Writable, data: data}
+	l.memories[m] = struct{}{}
+	return m, nil
+}
+
+// usable tells why the lease cannot be used, if it cannot.
+func (l *lease) usable(ctx context.Context) error {
+	if l.closed {
+		return errClosed
+	}
+	return ctx.Err()
+}
+
+// Close implements gpu.Lease.
+func (l *lease) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	var errs []error
+	for c := range l.caches {
+		errs = append(errs, c.free())
+	}
+	for m := range l.memories {
+		errs = append(errs, m.unmap())
+	}
+	clear(l.memories)
+	l.device.mu.Lock()
+	delete(l.device.leases, l)
+	l.device.mu.Unlock()
+	return errors.Join(errs...)
+}
+
+// explain turns a crash into what the engine is told. Of extents, the first that holds a faulting
+// address is at fault; other errors pass.
+func (l *lease) explain(err error, extents ...extent) error {
+	var c *crash
+	if !errors.As(err, &c) {
+		return err
+	}
+	if c.address != 0 {
+		for m := range l.memories {
+			extents = append(extents, extent{memory: m, to: m.size})
+		}
+		for _, e := range extents {
+			if e.holds(c.address) {
+				return fault.Newf(fault.DataLoss, e.field,
+					"the lent memory is gone, its file was cut short: register a region that stays")
+			}
+		}
+	}
+	clear(l.scratch) // it may be in any state
+	l.device.options.Log.Error("panic in a worker", slog.Any("panic", c.value), slog.String("stack", string(c.stack)))
+	return fault.Newf(fault.Internal, "", "a bug of the daemon stopped this request (%v): report it", c.value)
+}
+
+// ShadowBytes implements gpu.Lease.
+func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return 0, errClosed
+	}
+	p, err := l.plan(spec)
+	return p.arena, err
+}
+
+// NewCache implements gpu.Lease.
+func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.usable(ctx); err != nil {
+		return nil, err
+	}
+	p, err := l.plan(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.device.take(l, p.taken); err != nil {
+		return nil, err
+	}
+	c, err := l.newCache(p)
+	if err != nil {
+		l.device.give(l, p.taken)
+		return nil, err
+	}
+	l.caches[c] = struct{}{}
+	return c, nil
+}
+
+// plan is a cache for which nothing has been taken yet.
+type plan struct {
+	layers  []layer
+	tracker kv.TrackerConfig
+	chunks  int
+
+	arena uint64 // bytes of the records
+	taken uint64 // and of the tracker, about
+}
+
+func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
+	g, limits := &l.geometry, &l.device.options.Limits
+	p := plan{tracker: kv.TrackerConfig{
+		PageSize: spec.PageSize, NumPages: spec.NumPages, NullPage: spec.NullPage,
+		Layers: g.Layers, MaxTokens: spec.MaxTokens,
+		MaxBatch: limits.Batch, MaxSequenceTokens: limits.SequenceTokens,
+	}}
+	var err error
+	if p.chunks, err = p.tracker.NumChunks(); err != nil {
+		return p, err
+	}
+	if p.layers, err = l.layers(spec); err != nil {
+		return p, err
+	}
+	chunks, heads := uint64(p.chunks), uint64(g.Layers*g.KVHeads)
+	for _, method := range []kv.Shadow{l.selector, l.estimator} {
+		head, chunk := recordBytes(method, g.KDim)
+		p.arena = add(p.arena, mul(heads, add(uint64(head), mul(chunks, uint64(chunk)))))
+	}
+	p.taken = add(p.arena, mul(chunks, uint64(6*g.Layers+10)))
+	return p, nil
+}
+
+func (l *lease) newCache(p plan) (*cache, error) {
+	tracker, err := kv.NewTracker(p.tracker)
+	if err != nil {
+		return nil, err
+	}
+	arena, err := newArena(p.arena)
+	if err != nil {
+		return nil, err
+	}
+	g := &l.geometry
+	c := &cache{
+		lease: l, layers: p.layers, tracker: tracker, arena: arena, taken: p.taken,
+		byModel: make(map[int]int, len(p.layers)), job: newJob(),
+	}
+	for i := range p.layers {
+		c.byModel[p.layers[i].model] = i
+	}
+	c.selector, arena = carve(l.selector, g, p.chunks, arena)
+	c.estimator, _ = carve(l.estimator, g, p.chunks, arena)
+	c.trainTask, c.indexTask, c.queryTask, c.attendTask = c.trainHead, c.indexChunk, c.readQuery, c.attend
+	return c, nil
+}
+
+// add and mul are the sum and product, or the largest number if that overflows.
+
+func add(a, b uint64) uint64 {
+	sum, carry := bits.Add64(a, b, 0)
+	return sum | -carry
+}
+
+func mul(a, b uint64) uint64 {
+	high, low := bits.Mul64(a, b)
+	if high != 0 {
+		return math.MaxUint64
+	}
+	return low
+}

@@ -1,0 +1,128 @@
+package host
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/kv"
+)
+
+// shadow holds one method's records of a cache: for each (layer, KV head) a head record and, in another
+// block, a chunk record for each chunk id.
+type shadow struct {
+	method                kv.Shadow
+	dim                   int
+	headBytes, chunkBytes int
+	heads, chunks         int
+	headData, chunkData   []byte
+
+	trainLevels []int
+	trained     []int // by layer: the level its head records were trained at, 0 before the first
+}
+
+// recordBytes is what a method's records take: those of a (layer, KV head), and of a chunk in it.
+func recordBytes(method kv.Shadow, dim int) (head, chunk int) {
+	if method == nil {
+		return 0, 0
+	}
+	return method.HeadBytes(dim), method.ChunkBytes(dim)
+}
+
+// carve makes a method's shadow from the front of arena and returns the rest. It is nil for no method.
+func carve(method kv.Shadow, g *kv.Geometry, chunks int, arena []byte) (*shadow, []byte) {
+	if method == nil {
+		return nil, arena
+	}
+	s := &shadow{
+		method: method, dim: g.KDim, heads: g.KVHeads, chunks: chunks,
+		trainLevels: method.TrainLevels(), trained: make([]int, g.Layers),
+	}
+	s.headBytes, s.chunkBytes = recordBytes(method, g.KDim)
+	cut := g.Layers * g.KVHeads * s.headBytes
+	s.headData, arena = arena[:cut], arena[cut:]
+	cut = g.Layers * g.KVHeads * chunks * s.chunkBytes
+	s.chunkData, arena = arena[:cut], arena[cut:]
+	return s, arena
+}
+
+func (s *shadow) head(layer, head int) []byte {
+	at := (layer*s.heads + head) * s.headBytes
+	return s.headData[at:][:s.headBytes:s.headBytes]
+}
+
+func (s *shadow) chunk(layer, head int, id int32) []byte {
+	at := ((layer*s.heads+head)*s.chunks + int(id)) * s.chunkBytes
+	return s.chunkData[at:][:s.chunkBytes:s.chunkBytes]
+}
+
+// records points r at the records of a (layer, KV head) for a sequence whose chunk c has id ids[c]. It
+// returns nil if s is.
+func (s *shadow) records(r *records, layer, head int, ids []int32) kv.Records {
+	if s == nil {
+		return nil
+	}
+	at := (layer*s.heads + head) * s.chunks * s.chunkBytes
+	*r = records{
+		head:   s.head(layer, head),
+		chunks: s.chunkData[at:][:s.chunks*s.chunkBytes],
+		bytes:  s.chunkBytes,
+		ids:    ids,
+	}
+	return r
+}
+
+// level is the training level that a sequence of n valid tokens reaches.
+func (s *shadow) level(n int) int {
+	reached := 0
+	for _, level := range s.trainLevels {
+		if level <= n {
+			reached = level
+		}
+	}
+	return reached
+}
+
+// forget unlearns a layer's training.
+func (s *shadow) forget(layer int) {
+	s.trained[layer] = 0
+	for head := range s.heads {
+		clear(s.head(layer, head))
+	}
+}
+
+// records implements kv.Records.
+type records struct {
+	head, chunks []byte // the head record, and chunk records by chunk id
+	bytes        int    // of a chunk record
+	ids          []int32
+}
+
+var _ kv.Records = (*records)(nil)
+
+func (r *records) Head() []byte { return r.head }
+
+func (r *records) Chunk(c int) []byte {
+	at := int(r.ids[c]) * r.bytes
+	return r.chunks[at:][:r.bytes:r.bytes]
+}
+
+// newArena takes zeroed memory that costs nothing until it is written.
+func newArena(size uint64) ([]byte, error) {
+	if size == 0 {
+		return nil, nil
+	}
+	arena, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, fault.Exhaustedf("num_pages", size, 0,
+			"%d bytes of shadow find no place in the daemon's address space: register fewer pages", size)
+	}
+	return arena, nil
+}
+
+func freeArena(arena []byte) error {
+	if arena == nil {
+		return nil
+	}
+	return unix.Munmap(arena)
+}

@@ -1,0 +1,60 @@
+package host
+
+import (
+	"cmp"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/kv"
+)
+
+// tensor is a checked [rows, heads, dim] in lent memory or in a message.
+type tensor struct {
+	data      []byte // from the first element on
+	row, head int    // strides in bytes
+	extent    extent // empty for a message's
+}
+
+// at returns the vector of (row, head) and what follows it.
+func (t *tensor) at(row, head int) []byte { return t.data[row*t.row+head*t.head:] }
+
+// packed is a tensor in data, which has its size.
+func packed(data []byte, heads, vector int) tensor {
+	return tensor{data: data, row: heads * vector, head: vector}
+}
+
+// tensor checks t, whose fields start with name.
+func (l *lease) tensor(t *gpu.Tensor, rows, heads, dim int, dtype kv.DType, name string) (tensor, error) {
+	vector := dim * dtype.Size()
+	if t.Memory == nil {
+		if size := rows * heads * vector; len(t.Inline) != size {
+			return tensor{}, fault.Newf(fault.Invalid, name+"_inline",
+				"%d bytes must be %d, those of [%d, %d, %d] in %v", len(t.Inline), size, rows, heads, dim, dtype)
+		}
+		return packed(t.Inline, heads, vector), nil
+	}
+	name += "_tensor"
+	head := cmp.Or(t.HeadStride, uint64(vector))
+	row := cmp.Or(t.RowStride, mul(uint64(heads), head))
+	size, err := reach([]axis{{"row_stride", rows, &row}, {"head_stride", heads, &head}}, dim, dtype, name)
+	if err != nil {
+		return tensor{}, err
+	}
+	if rows == 0 {
+		size = 0
+	}
+	e, data, err := l.locate(t.Memory, t.Offset, size, dtype.Size(), name+".at")
+	return tensor{data: data, row: int(row), head: int(head), extent: e}, err
+}
+
+// writable refuses to write where nothing may be written: memory lent read-only, and caches.
+func (l *lease) writable(e extent) error {
+	if !e.memory.writable {
+		return fault.Newf(fault.Permission, e.field, "the region is lent read-only: lend it read-write")
+	}
+	if l.cached(e) {
+		return fault.Newf(fault.Permission, e.field,
+			"bytes [%d, %d) of the region belong to a cache, which is never written: use others", e.from, e.to)
+	}
+	return nil
+}
