@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/host"
+	"github.com/twilight-sidecar/twilight/internal/cliconf"
+	"github.com/twilight-sidecar/twilight/pipeline/methods"
+	"github.com/twilight-sidecar/twilight/service"
+)
+
+// drainLimit bounds what follows the grace: the process must end within 10 s.
+const drainLimit = 2500 * time.Millisecond
+
+// serve runs the daemon until a signal tells it to end, then drains it.
+func serve(ctx context.Context, o *options, logger *slog.Logger) error {
+	all, err := methods.New()
+	if err != nil {
+		return err
+	}
+	config := service.Config{
+		Methods:     all,
+		AllowedUIDs: o.AllowUID,
+		Insecure:    o.InsecureTCP,
+		Logger:      logger,
+		Version:     cliconf.Version(),
+		DrainGrace:  o.DrainTimeout,
+	}
+	if o.TLSCert != "" {
+		files := &tlsFiles{cert: o.TLSCert, key: o.TLSKey, clientCA: o.TLSClientCA, logger: logger}
+		if config.TLS, err = files.config(); err != nil {
+			return err
+		}
+	}
+	device := host.New(host.Options{
+		Methods: all, Workers: o.Workers, ShadowBytes: uint64(o.ShadowLimit), Log: logger,
+	})
+	config.Devices = []gpu.Device{device}
+	server, err := service.New(config)
+	if err != nil {
+		return errors.Join(err, device.Close())
+	}
+	signaled, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	group, running := errgroup.WithContext(signaled)
+	err = start(running, group, server, o, logger)
+	if err == nil {
+		<-running.Done()
+	}
+	stop() // a second signal does what it does by default: end the process
+	logger.Info("draining", "grace", o.DrainTimeout.String())
+	drainCtx, cancel := context.WithTimeout(ctx, o.DrainTimeout+drainLimit)
+	defer cancel()
+	if drainErr := server.Drain(drainCtx); drainErr != nil {
+		return errors.Join(err, drainErr) // what still runs ends with the process
+	}
+	logger.Info("drained")
+	if groupErr := group.Wait(); !errors.Is(groupErr, context.Canceled) { // a self-test may have been
+		err = errors.Join(err, groupErr)
+	}
+	return err
+}
+
+// start listens, then serves and tests the devices in the background. ctx is that of group.
+func start(ctx context.Context, group *errgroup.Group, server *service.Server, o *options, logger *slog.Logger) error {
+	for _, e := range o.Listen {
+		l, err := listen(ctx, e, len(o.AllowUID) > 0)
+		if err != nil {
+			return err
+		}
+		logger.Info("listening", "network", e.network, "address", l.Addr().String())
+		group.Go(func() error { return server.Serve(context.WithoutCancel(ctx), l) })
+	}
+	group.Go(func() error {
+		if err := server.SelfTest(ctx); err != nil {
+			return err
+		}
+		logger.Info("serving", "version", cliconf.Version())
+		return nil
+	})
+	return nil
+}
+
+func listen(ctx context.Context, e endpoint, allUsers bool) (net.Listener, error) {
+	if e.network == "tcp" {
+		var config net.ListenConfig
+		return config.Listen(ctx, e.network, e.address)
+	}
+	if "unix://"+e.address == cliconf.DefaultTarget() {
+		// Nobody was asked to make this folder. If somebody else did, Listen refuses it.
+		if err := os.Mkdir(filepath.Dir(e.address), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, fmt.Errorf("folder of the socket: %w", err)
+		}
+	}
+	perm := fs.FileMode(0o600)
+	if allUsers {
+		perm = 0o666
+	}
+	return service.Listen(ctx, e.address, perm)
+}
