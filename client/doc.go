@@ -1,0 +1,58 @@
+// Package client is the Go SDK of Twilight: it lends an engine's KV cache to twilightd and runs the
+// attention layers of decode steps there.
+//
+// # A small engine
+//
+//	conn, err := client.Dial("unix:///run/twilight/twilightd.sock")
+//	session, err := conn.Open(ctx, client.OpenOptions{EngineName: "my engine", Geometry: geometry})
+//
+//	// Lend memory: made here, or with ShareFD what the engine already has.
+//	kv, err := session.NewBuffer(ctx, size, client.ReadOnly)
+//	queries, err := session.NewBuffer(ctx, querySize, client.ReadOnly)
+//	outputs, err := session.NewBuffer(ctx, outputSize, client.ReadWrite)
+//
+//	// Say where the cache lies in it.
+//	cache, err := session.RegisterCache(ctx, client.CacheSpec{
+//		DType: client.F16, PageSize: 16, NumPages: pages, K: strides, Layers: layers,
+//	})
+//
+//	// After a prefill, index it, so that the first decode step need not.
+//	_, err = cache.Step(ctx, client.Batch{Sequences: sequences, IndexOnly: true})
+//
+//	for decoding {
+//		step, err := cache.Step(ctx, client.Batch{Sequences: sequences, Ended: finished})
+//		for layer := range model {
+//			// Write the token's K and V into kv.Bytes() and the query into queries.Bytes(), then:
+//			result, err := step.Layer(ctx, client.Layer{
+//				Layer:   layer,
+//				QueryAt: &client.Tensor{Location: client.Location{Buffer: queries}},
+//				Output:  &client.Tensor{Location: client.Location{Buffer: outputs}},
+//			})
+//			// outputs.Bytes() holds the attention output; result tells what each head kept.
+//		}
+//	}
+//
+// The engine hands its whole page tables to every step; the SDK remembers what the daemon has and
+// sends what changed.
+//
+// # Errors
+//
+// A refused request is an *Error that names the field, the value and the remedy; errors.Is tells its
+// Code, as in errors.Is(err, client.ErrExhausted). It changes nothing, and the session goes on.
+//
+// When the stream breaks, because the daemon was restarted say, calls in flight fail with ErrLeaseLost.
+// The engine attends by itself meanwhile; the session opens a fresh lease, with growing pauses, and
+// lends and registers everything again. State, WaitLive and OpenOptions.OnState tell when it is live.
+// The engine then goes on with a Step as if nothing had happened: the SDK sends whole tables and leaves
+// out claims about what the old daemon had indexed.
+//
+// # Concurrency and cancellation
+//
+// Everything is safe for concurrent use. Requests of any number of goroutines may be in flight; the
+// daemon serves them in the order sent. Steps of one cache wait for each other's answers. A call whose
+// context ends returns at once, unless its message waits for flow control, and disturbs no other. What
+// was sent still runs: after a cancelled Layer with an Output, its buffer is the engine's again once a
+// later request is answered.
+//
+// Nothing runs behind the engine's back but two goroutines a session, which end with Session.Close.
+package client

@@ -1,0 +1,130 @@
+package client
+
+import (
+	"context"
+
+	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
+)
+
+// Batch is one decode iteration, or with IndexOnly a prefill.
+type Batch struct {
+	Sequences []Sequence
+	// Ended are sequences that are over. An id may end and start anew in one step.
+	Ended []uint64
+	// Slots, if not nil, are exactly the token slots (page*PageSize + offset) written since the last step,
+	// -1 for padding; writing offset 0 of a page restarts the page. They take the place of the rule that
+	// a sequence's new tokens are those beyond its last length. PageSize must be a multiple of 16.
+	Slots []int64
+	// IndexOnly indexes what is new in all layers now; no Layer follows.
+	IndexOnly bool
+	Trace     Trace
+}
+
+// Sequence is a row of a batch. Positions count from the table's start, left padding included.
+type Sequence struct {
+	// ID is the engine's name for the sequence, at least 1. With Slots all rows of a batch may have 0.
+	ID uint64
+	// Len is the tokens in the cache, this step's included; 0 computes nothing for the row.
+	Len int
+	// First is the position of the first real token.
+	First int
+	// Table holds the page ids of the whole sequence, in each step; pages beyond Len are ignored. The
+	// SDK sends what changed.
+	Table []int32
+	// VTable, if not nil, holds the page ids of V where they differ.
+	VTable []int32
+	// UnchangedPrefix claims that the first n tokens are as the daemon last indexed them under these
+	// pages, a prefix-cache hit: what it has of them is kept. PrefixOf is the sequence they were indexed
+	// for, needed where PageSize is not a multiple of 16; 0 means this one.
+	UnchangedPrefix int
+	PrefixOf        uint64
+	// TruncateTo, if > 0, first takes back all tokens from this position on. To take back all, end the
+	// sequence.
+	TruncateTo int
+}
+
+// Trace is the W3C trace context of the engine's step.
+type Trace struct{ Parent, State string } // the headers traceparent and tracestate
+
+// IndexStats counts what indexing did, tokens once per layer.
+type IndexStats struct {
+	TokensIndexed uint64 // read and written to the shadow
+	TokensClaimed uint64 // kept from being indexed again by claims
+	ChunksDrifted uint64 // chunks whose keys stray far from what equalisation was frozen on
+	Retrainings   uint32 // times that a layer's statistics were refreshed and its shadow rebuilt
+}
+
+func indexStats(m *twilightv1.IndexStats) IndexStats {
+	return IndexStats{
+		TokensIndexed: m.GetTokensIndexed(),
+		TokensClaimed: m.GetTokensClaimed(),
+		ChunksDrifted: m.GetChunksDrifted(),
+		Retrainings:   m.GetStatisticsRefreshed(),
+	}
+}
+
+// Step is the current step of a cache, until the next one.
+type Step struct {
+	// Index tells what an IndexOnly step indexed.
+	Index IndexStats
+
+	cache *Cache
+	lease *lease
+	id    uint64
+}
+
+// Step declares a batch and makes it the cache's current step. A refused step changes nothing. If ctx
+// ends first, the step may or may not have become current; the next one waits until that is known.
+func (c *Cache) Step(ctx context.Context, b Batch) (*Step, error) {
+	select {
+	case c.stepping <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	call, step, err := c.startStep(ctx, &b)
+	if err != nil {
+		<-c.stepping
+		return nil, err
+	}
+	res, err := call.wait(ctx)
+	if err != nil {
+		return nil, err
+	}
+	step.Index = indexStats(res.GetStepResult().GetIndex())
+	return step, nil
+}
+
+// startStep sends a step, which releases c.stepping once its outcome is known.
+func (c *Cache) startStep(ctx context.Context, b *Batch) (*call, *Step, error) {
+	l, err := c.session.current()
+	if err != nil {
+		return nil, nil, err
+	}
+	if c.lease != l {
+		c.tables.forget()
+		c.lease = l
+	}
+	m, err := c.tables.build(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	c.lastStep++
+	m.CacheId, m.StepId = c.id, c.lastStep
+	c.message.Request = &twilightv1.LeaseRequest_Step{Step: m}
+	step := &Step{cache: c, lease: l, id: c.lastStep}
+	call, err := l.start(ctx, &c.message, func(_ *twilightv1.LeaseResponse, err error) {
+		if err == nil {
+			c.tables.commit()
+		}
+		<-c.stepping
+	})
+	return call, step, err
+}
+
+// Cancel tells the daemon that no layer of the step follows. What it has indexed stays right.
+func (s *Step) Cancel(ctx context.Context) error {
+	_, err := s.lease.do(ctx, &twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_CancelStep{
+		CancelStep: &twilightv1.CancelStep{CacheId: s.cache.id, StepId: s.id},
+	}})
+	return err
+}

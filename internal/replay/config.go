@@ -1,0 +1,99 @@
+package replay
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Overrides change single keys of a Twilight config. Zero fields change nothing.
+type Overrides struct {
+	Group       string  // "union" or "per_query_head"
+	P           float64 // the share of a top_p pruner
+	TokenBudget int     // the selector's; none and full have no budget and stay as they are
+	// NoPruner takes pruner and estimator out: what is kept then are the candidates.
+	NoPruner bool
+}
+
+// Apply changes a config. What it does not touch stays as it is, unknown keys included: judging those is
+// the daemon's part.
+func (o Overrides) Apply(config []byte) ([]byte, error) {
+	keys := make(map[string]json.RawMessage)
+	if err := decodeObject(config, &keys); err != nil {
+		return nil, fmt.Errorf("config: %w", err)
+	}
+	if o.Group != "" {
+		keys["group"] = quote(o.Group)
+	}
+	if o.P != 0 {
+		pruner, err := method(keys, "weight_pruner")
+		if err != nil {
+			return nil, err
+		}
+		if !strings.EqualFold(pruner.kind, "top_p") {
+			return nil, fmt.Errorf("config: weight_pruner is %q; p belongs to a top_p pruner", pruner.kind)
+		}
+		pruner.keys["threshold"], _ = json.Marshal(o.P)
+		keys["weight_pruner"] = pruner.marshal()
+	}
+	if o.TokenBudget != 0 {
+		selector, err := method(keys, "selector")
+		if err != nil {
+			return nil, err
+		}
+		if !strings.EqualFold(selector.kind, "none") && !strings.EqualFold(selector.kind, "full") {
+			selector.keys["token_budget"], _ = json.Marshal(o.TokenBudget)
+			delete(selector.keys, "sparsity_rate") // it would go first
+			keys["selector"] = selector.marshal()
+		}
+	}
+	if o.NoPruner {
+		keys["weight_pruner"] = json.RawMessage(`{"type": "none"}`)
+		keys["weight_estimator"] = json.RawMessage(`{"type": "none"}`)
+	}
+	return json.MarshalIndent(keys, "", "  ")
+}
+
+// part is one method of a config.
+type part struct {
+	kind string
+	keys map[string]json.RawMessage
+}
+
+func method(keys map[string]json.RawMessage, name string) (part, error) {
+	p := part{kind: "none", keys: make(map[string]json.RawMessage)}
+	raw, has := keys[name]
+	if !has {
+		return p, nil
+	}
+	if err := decodeObject(raw, &p.keys); err != nil {
+		return p, fmt.Errorf("config: %s: %w", name, err)
+	}
+	if kind, has := p.keys["type"]; has {
+		if err := json.Unmarshal(kind, &p.kind); err != nil {
+			return p, fmt.Errorf("config: %s.type: %w", name, err)
+		}
+	}
+	return p, nil
+}
+
+func decodeObject(raw []byte, keys *map[string]json.RawMessage) error {
+	if err := json.Unmarshal(raw, keys); err != nil {
+		return err
+	}
+	if *keys == nil {
+		return errors.New("is null, expected a JSON object")
+	}
+	return nil
+}
+
+func (p part) marshal() json.RawMessage {
+	raw, _ := json.Marshal(p.keys) // of raw messages, which were valid
+	return raw
+}
+
+func quote(s string) json.RawMessage {
+	raw, _ := json.Marshal(s)
+	return raw
+}

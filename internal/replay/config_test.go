@@ -1,0 +1,74 @@
+package replay
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestOverrides(t *testing.T) {
+	t.Parallel()
+	const config = `{"selector": {"type": "Quest", "sparsity_rate": 0.5}, "weight_pruner": {"type": "Top_P", "threshold": 0.85},
+		"weight_estimator": {"type": "min_max_quant"}, "unknown": [1]}`
+	for name, tc := range map[string]struct {
+		o    Overrides
+		in   string
+		want string
+	}{
+		"nothing": {Overrides{}, config, config},
+		"all": {
+			Overrides{Group: "union", P: 0.5, TokenBudget: 64},
+			config,
+			`{"selector": {"type": "Quest", "token_budget": 64}, "weight_pruner": {"type": "Top_P", "threshold": 0.5},
+			"weight_estimator": {"type": "min_max_quant"}, "unknown": [1], "group": "union"}`,
+		},
+		"no pruner": {
+			Overrides{NoPruner: true},
+			config,
+			`{"selector": {"type": "Quest", "sparsity_rate": 0.5}, "weight_pruner": {"type": "none"},
+			"weight_estimator": {"type": "none"}, "unknown": [1]}`,
+		},
+		"budget of none": {Overrides{TokenBudget: 64}, `{"selector": {"type": "Full"}}`, `{"selector": {"type": "Full"}}`},
+		"budget without": {Overrides{TokenBudget: 64}, `{}`, `{}`},
+	} {
+		got, err := tc.o.Apply([]byte(tc.in))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if diff := cmp.Diff(decoded(t, []byte(tc.want)), decoded(t, got)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+func decoded(t *testing.T, data []byte) (v any) {
+	t.Helper()
+	if err := json.Unmarshal(data, &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+func TestOverridesRefuse(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		o         Overrides
+		in, names string
+	}{
+		{Overrides{}, ``, "config"},
+		{Overrides{}, `null`, "config"},
+		{Overrides{}, `[]`, "config"},
+		{Overrides{P: 0.5}, `{}`, "top_p"},
+		{Overrides{P: 0.5}, `{"weight_pruner": {"type": "threshold"}}`, `"threshold"`},
+		{Overrides{P: 0.5}, `{"weight_pruner": null}`, "weight_pruner"},
+		{Overrides{P: 0.5}, `{"weight_pruner": {"type": 3}}`, "weight_pruner.type"},
+		{Overrides{TokenBudget: 3}, `{"selector": 3}`, "selector"},
+	} {
+		if _, err := tc.o.Apply([]byte(tc.in)); err == nil || !strings.Contains(err.Error(), tc.names) {
+			t.Errorf("%+v of %s: error %v does not name %s", tc.o, tc.in, err, tc.names)
+		}
+	}
+}

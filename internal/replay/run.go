@@ -1,0 +1,232 @@
+package replay
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"time"
+
+	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/capture"
+	"github.com/twilight-sidecar/twilight/internal/layout"
+	"github.com/twilight-sidecar/twilight/kv"
+)
+
+// sequence is the engine's name for the one sequence of a capture.
+const sequence = 1
+
+// Options say what to replay, and how the engine holds its cache. Capture is required.
+type Options struct {
+	Capture *capture.Capture
+	// Config is a Twilight JSON config; "" takes the daemon's default.
+	Config string
+	// EngineName and Device are passed on to the daemon.
+	EngineName, Device string
+
+	Layout   layout.Kind  // NHD if empty
+	PageSize int          // tokens; 16 if 0; slots and contiguous have their own
+	DType    client.DType // F16 if 0
+	// Seed shuffles the cache's pages.
+	Seed uint64
+
+	// Progress, if not nil, is told after the prefill and after each step how much of all is done.
+	Progress func(done, all int)
+}
+
+// engine is what an engine has: its cache and the buffers it talks through.
+type engine struct {
+	*Options
+	session       *client.Session
+	layout        *layout.Layout
+	cache         *client.Cache
+	kv            *client.Buffer
+	query, output *client.Buffer
+	table         []int32
+	facts         Facts
+}
+
+// Run replays a capture. The daemon must run on this host.
+func Run(ctx context.Context, c *client.Client, o Options) (*Report, error) {
+	o.Layout = cmp.Or(o.Layout, layout.NHD)
+	o.PageSize = cmp.Or(o.PageSize, kv.ChunkTokens)
+	o.DType = cmp.Or(o.DType, client.F16)
+	io := o.DType // an engine's activations; none has 8 bits here
+	if io == client.F8E4M3 {
+		io = client.F16
+	}
+	session, err := c.Open(ctx, client.OpenOptions{
+		EngineName: cmp.Or(o.EngineName, "twilight replay"),
+		Device:     o.Device,
+		Config:     o.Config,
+		Geometry: client.Geometry{
+			Layers: len(o.Capture.Layers), QueryHeads: o.Capture.QueryHeads, KVHeads: o.Capture.KVHeads,
+			KDim: o.Capture.KDim, VDim: o.Capture.VDim, Scale: float32(o.Capture.Scale),
+			Query: io, Output: io,
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer session.Close()
+	e := &engine{Options: &o, session: session}
+	if err := e.lend(ctx); err != nil {
+		return nil, err
+	}
+	j := newJudge(o.Capture, &e.facts)
+	if err := e.decode(ctx, j); err != nil {
+		return nil, err
+	}
+	r := j.report()
+	r.Config = json.RawMessage(session.Config())
+	return r, nil
+}
+
+// lend makes the cache and the buffers for queries and outputs, and lends them.
+func (e *engine) lend(ctx context.Context) error {
+	c := e.Capture
+	shape := layout.Config{
+		Kind: e.Layout, DType: e.DType,
+		Layers: len(c.Layers), KVHeads: c.KVHeads, KDim: c.KDim, VDim: c.VDim,
+		Sequences: 1, Tokens: c.Tokens(), PageSize: e.PageSize,
+	}
+	if e.DType == client.F8E4M3 {
+		shape.KScales, shape.VScales = scales(c, (*capture.Capture).Keys), scales(c, (*capture.Capture).Values)
+	}
+	var err error
+	if e.layout, err = layout.New(shape); err != nil {
+		return err
+	}
+	pages := make([]int32, e.layout.NumPages)
+	shuffled := rand.New(rand.NewPCG(e.Seed, 0)).Perm(len(pages)) //nolint:gosec // to be repeated, not to be guessed
+	for i, p := range shuffled {
+		pages[i] = int32(p)
+	}
+	e.table = e.layout.Tables(pages)[0]
+
+	if e.kv, err = e.session.NewBuffer(ctx, int(e.layout.Size()), client.ReadOnly); err != nil {
+		return err
+	}
+	g := e.session.Geometry()
+	if e.query, err = e.session.NewBuffer(ctx, c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
+		return err
+	}
+	if e.output, err = e.session.NewBuffer(ctx, c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+		return err
+	}
+	spec := client.CacheSpec{
+		DType: e.DType, PageSize: e.layout.PageSize, NumPages: e.layout.NumPages,
+		K: strides(e.layout.K.Page, e.layout.K.Head, e.layout.K.Token),
+		V: strides(e.layout.V.Page, e.layout.V.Head, e.layout.V.Token),
+	}
+	for i := range c.Layers {
+		spec.Layers = append(spec.Layers, client.CacheLayer{
+			Layer: c.Layers[i].Index,
+			K:     client.Location{Buffer: e.kv, Offset: int(e.layout.KOffset(i))}, KScales: shape.KScales,
+			V: client.Location{Buffer: e.kv, Offset: int(e.layout.VOffset(i))}, VScales: shape.VScales,
+		})
+	}
+	if e.cache, err = e.session.RegisterCache(ctx, spec); err != nil {
+		return err
+	}
+	e.facts = Facts{
+		Tokens: c.Tokens(), QueryHeads: c.QueryHeads, KVHeads: c.KVHeads,
+		DType: e.DType, CacheBytes: e.kv.Size(), Shadow: e.cache.Shadow(),
+	}
+	return nil
+}
+
+func strides(page, head, token uint64) client.Strides {
+	return client.Strides{Page: int(page), Head: int(head), Token: int(token)}
+}
+
+// scales are those that bring each KV head's largest value, over all layers, to the largest of fp8.
+func scales(c *capture.Capture, of func(c *capture.Capture, layer, kvHead int) []float32) []float32 {
+	const largest = 448
+	scales := make([]float32, c.KVHeads)
+	for head := range scales {
+		for layer := range c.Layers {
+			for _, x := range of(c, layer, head) {
+				scales[head] = max(scales[head], float32(math.Abs(float64(x)))/largest)
+			}
+		}
+		if scales[head] == 0 {
+			scales[head] = 1
+		}
+	}
+	return scales
+}
+
+// decode prefills, then decodes step by step, each judged before the next.
+func (e *engine) decode(ctx context.Context, j *judge) error {
+	c := e.Capture
+	e.write(0, c.N)
+	start := time.Now()
+	if _, err := e.cache.Step(ctx, e.batch(c.N, true)); err != nil {
+		return fmt.Errorf("prefill: %w", err)
+	}
+	e.facts.Prefill = time.Since(start)
+	e.progress(1)
+	for step := range c.Steps {
+		e.write(c.N+step, c.N+step+1)
+		start := time.Now()
+		declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
+		if err != nil {
+			return fmt.Errorf("step %d: %w", step, err)
+		}
+		e.facts.Decode += time.Since(start)
+		for layer := range c.Layers {
+			result, err := e.layer(ctx, declared, step, layer)
+			if err == nil {
+				err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
+			}
+			if err != nil {
+				return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
+			}
+		}
+		if err := j.judge(step); err != nil {
+			return fmt.Errorf("step %d: %w", step, err)
+		}
+		e.progress(2 + step)
+	}
+	return nil
+}
+
+func (e *engine) progress(done int) {
+	if e.Progress != nil {
+		e.Progress(done, 1+e.Capture.Steps)
+	}
+}
+
+// write stores the tokens [from, to) of every layer, as the model's projections would.
+func (e *engine) write(from, to int) {
+	for i := range e.Capture.Layers {
+		l := &e.Capture.Layers[i]
+		e.layout.Write(e.kv.Bytes(), i, e.table, l.K, l.V, from, to)
+	}
+}
+
+func (e *engine) batch(length int, indexOnly bool) client.Batch {
+	return client.Batch{
+		Sequences: []client.Sequence{{ID: sequence, Len: length, Table: e.table}},
+		IndexOnly: indexOnly,
+	}
+}
+
+// layer runs one layer; its output is then in e.output.
+func (e *engine) layer(ctx context.Context, step *client.Step, s, layer int) (*client.LayerResult, error) {
+	c, g := e.Capture, e.session.Geometry()
+	g.EncodeQuery(e.query.Bytes()[:0], c.Layers[layer].Q[s*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
+	clear(e.output.Bytes())
+	start := time.Now()
+	result, err := step.Layer(ctx, client.Layer{
+		Layer:   c.Layers[layer].Index,
+		QueryAt: &client.Tensor{Location: client.Location{Buffer: e.query}},
+		Output:  &client.Tensor{Location: client.Location{Buffer: e.output}},
+		Lists:   true,
+	})
+	e.facts.Decode += time.Since(start)
+	return result, err
+}
