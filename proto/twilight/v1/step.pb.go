@@ -1249,8 +1249,9 @@ type Layer struct {
 	ListMode     ListMode `protobuf:"varint,7,opt,name=list_mode,json=listMode,proto3,enum=twilight.v1.ListMode" json:"list_mode,omitempty"`
 	// For LIST_MODE_BUFFER.
 	ListBuffer *ListBuffer `protobuf:"bytes,8,opt,name=list_buffer,json=listBuffer,proto3" json:"list_buffer,omitempty"`
-	// Optional overrides, one for each sequence (B): top-p share in (0, 1], 0 keeps the config's; the
-	// selector's budget in tokens, 0 keeps the config's.
+	// Optional overrides, one for each sequence (B): top-p share in (0, 1], 0 keeps the config's (checked
+	// by the device: a rule here would cost more than the layer's other checks together); the selector's
+	// budget in tokens, 0 keeps the config's.
 	P           []float32 `protobuf:"fixed32,9,rep,packed,name=p,proto3" json:"p,omitempty"`
 	TokenBudget []uint32  `protobuf:"varint,10,rep,packed,name=token_budget,json=tokenBudget,proto3" json:"token_budget,omitempty"`
 	// Run selection and pruning and answer the lists, but no attention: the engine attends by itself.
@@ -1884,7 +1885,7 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"ListBuffer\x123\n" +
 	"\x05lists\x18\x01 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x05lists\x12(\n" +
 	"\bcapacity\x18\x02 \x01(\rB\f\xbaH\t*\a\x18\x80\x80\x80\b(\x01R\bcapacity\x125\n" +
-	"\x06counts\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x06counts\"\x9f\x04\n" +
+	"\x06counts\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x06counts\"\x89\x04\n" +
 	"\x05Layer\x12\"\n" +
 	"\bcache_id\x18\x01 \x01(\rB\a\xbaH\x04*\x02(\x01R\acacheId\x12 \n" +
 	"\astep_id\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\x06stepId\x12\x14\n" +
@@ -1894,10 +1895,8 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"\routput_tensor\x18\x06 \x01(\v2\x13.twilight.v1.TensorR\foutputTensor\x12<\n" +
 	"\tlist_mode\x18\a \x01(\x0e2\x15.twilight.v1.ListModeB\b\xbaH\x05\x82\x01\x02\x10\x01R\blistMode\x128\n" +
 	"\vlist_buffer\x18\b \x01(\v2\x17.twilight.v1.ListBufferR\n" +
-	"listBuffer\x12\"\n" +
-	"\x01p\x18\t \x03(\x02B\x14\xbaH\x11\x92\x01\x0e\"\f\n" +
-	"\n" +
-	"\x1d\x00\x00\x80?-\x00\x00\x00\x00R\x01p\x12!\n" +
+	"listBuffer\x12\f\n" +
+	"\x01p\x18\t \x03(\x02R\x01p\x12!\n" +
 	"\ftoken_budget\x18\n" +
 	" \x03(\rR\vtokenBudget\x12\x1d\n" +
 	"\n" +

@@ -643,8 +643,9 @@ type OpenLeaseResponse struct {
 	Endpoint string `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
 	// Bearer token of the stream, valid once.
 	Token []byte `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
-	// Path of the SOCK_SEQPACKET Unix socket that takes this lease's file descriptors; "" where the
-	// endpoint is not local. SharedMemory says how.
+	// Path of the SOCK_SEQPACKET Unix socket that takes this lease's file descriptors, as the daemon
+	// sees it; "" where the endpoint is not local. It lies beside the endpoint's socket under the same
+	// name plus ".fd", where an engine that mounts the folder elsewhere finds it. SharedMemory says how.
 	FdEndpoint string  `protobuf:"bytes,4,opt,name=fd_endpoint,json=fdEndpoint,proto3" json:"fd_endpoint,omitempty"`
 	Device     *Device `protobuf:"bytes,5,opt,name=device,proto3" json:"device,omitempty"`
 	// The config as it will run: every key with its value.
@@ -755,7 +756,8 @@ func (x *OpenLeaseResponse) GetInstanceId() []byte {
 // much was asked and how much is left.
 type Limits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Serialized LeaseRequest, bytes.
+	// Serialized LeaseRequest, bytes. Up to twice as much is refused in-band; more, or what does not
+	// decode, ends the stream.
 	MaxMessageBytes uint32 `protobuf:"varint,1,opt,name=max_message_bytes,json=maxMessageBytes,proto3" json:"max_message_bytes,omitempty"`
 	MaxRegions      uint32 `protobuf:"varint,2,opt,name=max_regions,json=maxRegions,proto3" json:"max_regions,omitempty"`
 	MaxCaches       uint32 `protobuf:"varint,3,opt,name=max_caches,json=maxCaches,proto3" json:"max_caches,omitempty"`
