@@ -105,10 +105,10 @@ func (c *compareCmd) Run(ctx context.Context, term *terminal) (err error) {
 	if c.JSON {
 		return printJSON(term.out, runs)
 	}
-	if t := compareTable(runs); c.Markdown {
-		t.markdown(term.out)
+	if c.Markdown {
+		compareTable(runs, false).markdown(term.out)
 	} else {
-		t.print(term.out)
+		compareTable(runs, true).print(term.out)
 	}
 	return nil
 }
@@ -194,18 +194,28 @@ func (c *compareCmd) run(
 	}, nil
 }
 
-func compareTable(runs []compared) *table {
+// compareTable shows the runs; timed adds how long a layer took, which only this machine now can tell.
+func compareTable(runs []compared, timed bool) *table {
 	t := &table{header: []string{
 		"config", "group", "candidates", "kept", "min", "max", "coverage", "worst", "mass", "worst", "head error", "error",
-		"shadow B/token", "ms/layer",
+		"shadow B/token",
 	}}
+	if timed {
+		t.header = append(t.header, "ms/layer")
+	}
 	for _, run := range runs {
 		r := run.Report
-		t.add(run.Name, run.Group, fmt.Sprintf("%.0f", r.MeanCandidates),
+		cells := []string{
+			run.Name, run.Group, fmt.Sprintf("%.0f", r.MeanCandidates),
 			tokens(r.MeanKept), fmt.Sprint(r.Facts.Kept.Min), fmt.Sprint(r.Facts.Kept.Max),
 			share(run.Coverage.Mean), share(run.Coverage.Worst), share(r.MeanTrueMass), share(r.WorstTrueMass),
 			relErr(r.MeanHeadRelErr), relErr(r.RelErr),
-			fmt.Sprintf("%.0f", r.Facts.Shadow.PerToken), fmt.Sprintf("%.1f", run.MillisecondsPerLayer))
+			fmt.Sprintf("%.0f", r.Facts.Shadow.PerToken),
+		}
+		if timed {
+			cells = append(cells, fmt.Sprintf("%.1f", run.MillisecondsPerLayer))
+		}
+		t.add(cells...)
 	}
 	return t
 }
