@@ -108,6 +108,17 @@ breaking: $(BIN)/buf ## Fail if proto/ breaks clients of an earlier commit (BREA
 		echo "nothing to break: commit $$base has no proto/"; \
 	fi
 
+# A stock client's view of a running daemon: reflection, and one call.
+.PHONY: describe
+describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and call its capabilities
+	@dir=$$(mktemp -d); $(GO) build -o $$dir/ ./cmd/twilightd; \
+	$$dir/twilightd --listen unix://$$dir/s 2>$$dir/log & trap "kill $$!; wait $$!; rm -r $$dir" EXIT; \
+	for _ in {1..50}; do grpcurl -plaintext -unix $$dir/s grpc.health.v1.Health/Check &>/dev/null && break; sleep .1; done; \
+	set -x; \
+	grpcurl -plaintext -unix $$dir/s list; \
+	grpcurl -plaintext -unix $$dir/s describe twilight.v1.TwilightService; \
+	grpcurl -plaintext -unix $$dir/s twilight.v1.TwilightService/GetCapabilities
+
 .PHONY: ci
 ci: ## Run all that a change must pass
 	.ci/run
