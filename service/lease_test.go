@@ -213,7 +213,9 @@ func TestRefusals(t *testing.T) {
 		{"output in an old region", layerOf(func(l *twilightv1.Layer) {
 			l.OutputTensor = &twilightv1.Tensor{At: at(2, 1)}
 		}), stale, "layer.output_tensor.at.generation"},
-		{"p above 1", layerOf(func(l *twilightv1.Layer) { l.P = []float32{1.5} }), invalid, "layer.p[0]"},
+		{"observation that nothing takes", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{Window: 1}
+		}), unsupported, "layer.observation"},
 		{"list mode of no name", layerOf(func(l *twilightv1.Layer) { l.ListMode = 9 }), invalid, "layer.list_mode"},
 		{"no list buffer", layerOf(func(l *twilightv1.Layer) { l.ListMode = twilightv1.ListMode_LIST_MODE_BUFFER }), invalid, "layer.list_buffer"},
 		{"list buffer for nothing", layerOf(func(l *twilightv1.Layer) {

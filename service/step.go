@@ -153,6 +153,8 @@ func (l *lease) layerRequest(req *twilightv1.Layer, batch int) (*gpu.LayerReques
 func checkModes(req *twilightv1.Layer) error {
 	buffered := req.GetListMode() == twilightv1.ListMode_LIST_MODE_BUFFER
 	switch {
+	case req.GetObservation() != nil:
+		return fault.Newf(fault.Unsupported, "observation", "is set, but no method of the lease's config takes one: leave it out")
 	case buffered && req.GetListBuffer() == nil:
 		return fault.Newf(fault.Invalid, "list_buffer", "is absent: LIST_MODE_BUFFER needs it")
 	case !buffered && req.GetListBuffer() != nil:
