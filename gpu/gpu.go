@@ -228,9 +228,18 @@ type LayerResult struct {
 	Truncated        []uint32
 	Output           []byte
 	Mass, Coverage   []float32 // B*Hq, or empty where unknown
-	Index            kv.IndexStats
-	Timing           Timing
+	// Audited are indices into B*Hq of the query heads that were also computed densely. TrueMass is the
+	// share of softmax weight that their kept tokens hold, OutputError ||out-dense||/||dense||.
+	Audited               []uint32
+	TrueMass, OutputError []float32
+	Index                 kv.IndexStats
+	Timing                Timing
+	Read                  Read
 }
+
+// Read is what a layer read, in bytes, without what audits and indexing did: of the engine's cache, and
+// of the shadow. Devices may count by what the methods' records hold rather than watch each access.
+type Read struct{ Cache, Shadow uint64 }
 
 // Timing is how long a layer took. Stages are summed over rows that ran in parallel.
 type Timing struct {

@@ -16,6 +16,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/fdsock"
 	"github.com/twilight-sidecar/twilight/pipeline"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // The protocol versions served, inclusive.
@@ -43,6 +44,8 @@ type Config struct {
 
 	// Logger takes the daemon's log; discarded.
 	Logger *slog.Logger
+	// Telemetry takes what is worth telling; nobody.
+	Telemetry *telemetry.Telemetry
 	// Version of the build, for GetCapabilities.
 	Version string
 

@@ -22,6 +22,7 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // deadline bounds every wait of a test: what takes longer hangs.
@@ -71,7 +72,7 @@ func startUntested(t testing.TB, config Config, devices ...gpu.Device) *daemon {
 	t.Helper()
 	d := &daemon{t: t, log: &logBuffer{}, path: filepath.Join(shortTempDir(t), "t.sock")}
 	config.Devices, config.Methods = devices, allMethods(t)
-	config.Logger = slog.New(slog.NewJSONHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	config.Logger = slog.New(telemetry.LogHandler(slog.NewJSONHandler(d.log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	server, err := New(config)
 	if err != nil {
 		t.Fatal(err)

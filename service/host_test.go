@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/peer"
@@ -445,7 +446,7 @@ func FuzzLeaseRequest(f *testing.F) {
 					}
 				}
 			}
-			resp := l.answer(ctx, req)
+			resp := l.answer(ctx, req, time.Now())
 			if resp.GetRequestId() != req.GetRequestId() || resp.Response == nil {
 				t.Fatalf("%v: answer %v", req, resp)
 			}

@@ -16,6 +16,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/fdsock"
 	"github.com/twilight-sidecar/twilight/kv"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 type leaseStream = grpc.BidiStreamingServer[twilightv1.LeaseRequest, twilightv1.LeaseResponse]
@@ -34,12 +35,13 @@ type lease struct {
 	inbox          *fdsock.Inbox // nil if the engine is not local
 	limits         *twilightv1.Limits
 	expiry         *time.Timer
+	telemetry      *telemetry.Lease
 
 	// stream is nil until it arrives. Server.mu guards it till then; after, sending keeps senders apart.
 	stream  leaseStream
 	sending sync.Mutex
-	// end, by closing ended, ends the stream behind the request that runs.
-	end   func()
+	// stop, by closing ended, ends the stream behind the request that runs.
+	stop  func()
 	ended chan struct{}
 
 	// What follows belongs to the goroutine of serve.
@@ -48,10 +50,16 @@ type lease struct {
 	result  gpu.LayerResult
 }
 
+// arrival is a request and when it was received.
+type arrival struct {
+	*twilightv1.LeaseRequest
+	at time.Time
+}
+
 // serve answers requests in order until the stream ends.
 func (l *lease) serve(stream leaseStream) error {
 	ctx := stream.Context()
-	requests := make(chan *twilightv1.LeaseRequest)
+	requests := make(chan arrival)
 	broken := make(chan error, 1)
 	go func() {
 		for {
@@ -61,8 +69,9 @@ func (l *lease) serve(stream leaseStream) error {
 				return
 			}
 			select {
-			case requests <- req:
+			case requests <- arrival{req, l.telemetry.Received()}:
 			case <-ctx.Done():
+				l.telemetry.Dropped()
 				return
 			}
 		}
@@ -70,7 +79,7 @@ func (l *lease) serve(stream leaseStream) error {
 	for {
 		select {
 		case req := <-requests:
-			if err := l.send(l.answer(ctx, req)); err != nil {
+			if err := l.send(l.answer(ctx, req.LeaseRequest, req.at)); err != nil {
 				return err
 			}
 		case err := <-broken:
@@ -92,6 +101,7 @@ func (l *lease) close() {
 	if err := l.device.Close(); err != nil {
 		l.logger.Error("lease: close", "error", err)
 	}
+	l.telemetry.Close()
 }
 
 func (l *lease) send(resp *twilightv1.LeaseResponse) error {
@@ -108,20 +118,25 @@ func (l *lease) announce(reason string, grace time.Duration) {
 }
 
 // answer serves a request; whatever is wrong with it, the lease goes on.
-func (l *lease) answer(ctx context.Context, req *twilightv1.LeaseRequest) *twilightv1.LeaseResponse {
+func (l *lease) answer(ctx context.Context, req *twilightv1.LeaseRequest, received time.Time) *twilightv1.LeaseResponse {
+	ctx = l.begin(ctx, req, received)
 	resp := &twilightv1.LeaseResponse{RequestId: req.GetRequestId()}
-	err := l.handle(ctx, req, resp)
-	if err == nil {
-		return resp
+	if err := l.handle(ctx, req, resp); err != nil {
+		resp.Response = &twilightv1.LeaseResponse_Error{Error: l.refuse(ctx, req, err)}
 	}
+	l.end(req, resp)
+	return resp
+}
+
+// refuse says an error in the words of the wire, and in the log.
+func (l *lease) refuse(ctx context.Context, req *twilightv1.LeaseRequest, err error) *twilightv1.Error {
 	e, _ := toError(err)
 	if e.GetCode() == twilightv1.ErrorCode_ERROR_CODE_INTERNAL {
 		l.logger.ErrorContext(ctx, "request failed", "request_id", req.GetRequestId(), "error", err)
 	} else {
 		l.logger.DebugContext(ctx, "request refused", "request_id", req.GetRequestId(), "code", e.GetCode(), "field", e.GetField())
 	}
-	resp.Response = &twilightv1.LeaseResponse_Error{Error: e}
-	return resp
+	return e
 }
 
 func (l *lease) handle(ctx context.Context, req *twilightv1.LeaseRequest, resp *twilightv1.LeaseResponse) (err error) {

@@ -75,6 +75,7 @@ func (l *lease) registerRegion(ctx context.Context, req *twilightv1.RegisterRegi
 		l.retire(id, old)
 	}
 	l.regions[id] = &region{generation: req.GetGeneration(), memory: memory}
+	l.telemetry.Lent(1, int64(memory.Size()))
 	return answer, nil
 }
 
@@ -181,13 +182,14 @@ func digest(ctx context.Context, memory gpu.Memory, probe *twilightv1.DigestProb
 
 // retire releases a region that was replaced, and what its caches hold.
 func (l *lease) retire(id uint32, old *region) {
-	for _, c := range l.caches {
+	for cacheID, c := range l.caches {
 		if _, lies := c.regions[id]; lies && !c.stale {
-			l.closeCache(c)
+			l.closeCache(cacheID, c)
 			c.stale, c.current = true, false
 		}
 	}
 	l.unmap(old.memory)
+	l.telemetry.Lent(-1, -int64(old.memory.Size()))
 }
 
 // unmap releases memory that nothing of the lease refers to any more.
@@ -213,6 +215,7 @@ func (l *lease) releaseRegion(req *twilightv1.ReleaseRegion) error {
 		return err
 	}
 	delete(l.regions, id)
+	l.telemetry.Lent(-1, -int64(r.memory.Size()))
 	return nil
 }
 
@@ -267,6 +270,7 @@ func (l *lease) registerCache(ctx context.Context, req *twilightv1.RegisterCache
 		return nil, err
 	}
 	l.caches[id] = &cache{device: made, regions: regions}
+	l.telemetry.AddCache(id, spec, made.ShadowBytes())
 	return answer, nil
 }
 
@@ -332,7 +336,7 @@ func (l *lease) releaseCache(req *twilightv1.ReleaseCache) error {
 		return noCache(req.GetCacheId())
 	}
 	if !c.stale {
-		l.closeCache(c)
+		l.closeCache(req.GetCacheId(), c)
 	}
 	delete(l.caches, req.GetCacheId())
 	return nil
@@ -342,7 +346,8 @@ func noCache(id uint32) error {
 	return fault.Newf(fault.NotFound, "cache_id", "the lease has no cache %d: register it first", id)
 }
 
-func (l *lease) closeCache(c *cache) {
+func (l *lease) closeCache(id uint32, c *cache) {
+	l.telemetry.RemoveCache(id)
 	if err := c.device.Close(); err != nil {
 		l.logger.Error("cache: close", "error", err)
 	}

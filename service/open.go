@@ -94,7 +94,8 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 		device:         opened,
 		limits:         s.config.Limits.proto(&info),
 		ended:          ended,
-		end:            sync.OnceFunc(func() { close(ended) }),
+		telemetry:      s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
+		stop:           sync.OnceFunc(func() { close(ended) }),
 		regions:        make(map[uint32]*region),
 		caches:         make(map[uint32]*cache),
 	}

@@ -107,7 +107,7 @@ func New(config Config) (*Server, error) {
 	s.setHealth(healthpb.HealthCheckResponse_NOT_SERVING)
 
 	unary, stream := s.interceptors()
-	s.grpc = grpc.NewServer(
+	s.grpc = grpc.NewServer(append(s.instrumented(),
 		grpc.Creds(newPeerCredentials(&config)),
 		unary, stream,
 		grpc.MaxRecvMsgSize(hardLimitFactor*int(config.Limits.MessageBytes)),
@@ -117,7 +117,7 @@ func New(config Config) (*Server, error) {
 		grpc.KeepaliveParams(config.keepalive),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true), // memory is released behind running handlers, not under them
-	)
+	)...)
 	twilightv1.RegisterTwilightServiceServer(s.grpc, s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
@@ -147,6 +147,17 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	return nil
+}
+
+// Healthy is nil while the server reports SERVING.
+func (s *Server) Healthy() error {
+	switch s.state.Load() {
+	case serving:
+		return nil
+	case stopping:
+		return errors.New("draining")
+	}
+	return errors.New("starting: the devices are being tested")
 }
 
 // SelfTest tests every device, then opens the server for leases and reports SERVING.
@@ -179,7 +190,7 @@ func (s *Server) Drain(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	for _, l := range s.leases {
-		l.end()
+		l.stop()
 	}
 	s.mu.Unlock()
 
@@ -212,6 +223,7 @@ func (s *Server) stopOpening() {
 	if s.state.Swap(stopping) == stopping {
 		return
 	}
+	s.config.Telemetry.Draining()
 	for _, l := range s.leases {
 		// Not waited for: an engine that does not read must not hold up the others.
 		if l.stream == nil {

@@ -83,6 +83,7 @@ func (l *lease) cancelStep(req *twilightv1.CancelStep) error {
 	if err != nil {
 		return err
 	}
+	l.telemetry.CancelStep(req.GetCacheId())
 	c.current = false // what was not indexed of it is when next needed
 	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/twilight-sidecar/twilight/internal/cliconf"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // maxDrain leaves room, within 10 s, to cut off what does not heed the grace.
@@ -33,6 +34,9 @@ type options struct {
 	Backend     string   `default:"host" enum:"host" help:"Device to serve: host, the CPU (host)."`
 	Workers     int      `default:"0" placeholder:"N" help:"Rows computed at a time (as many as processors)."`
 	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory for shadows, as in 512MiB or 8GiB (half of the machine's)."`
+
+	Admin    *endpoint `placeholder:"URL" help:"Where to serve the budget page, /metrics, /healthz and profiles over HTTP: unix:///PATH or tcp://HOST:PORT, as in tcp://127.0.0.1:9464 (nowhere)."`
+	TraceURL string    `name:"trace-url" placeholder:"URL" help:"Where the budget page links to for a trace, with {trace_id} for its id."`
 
 	LogLevel     slog.Level    `default:"info" placeholder:"LEVEL" help:"Least to log: debug, info, warn or error (info)."`
 	LogFormat    string        `default:"json" enum:"json,text" placeholder:"FORMAT" help:"Form of the log on stderr: json or text (json)."`
@@ -71,9 +75,9 @@ func (o *options) Validate() error {
 func (o *options) logger(w io.Writer) *slog.Logger {
 	level := &slog.HandlerOptions{Level: o.LogLevel}
 	if o.LogFormat == "text" {
-		return slog.New(slog.NewTextHandler(w, level))
+		return slog.New(telemetry.LogHandler(slog.NewTextHandler(w, level)))
 	}
-	return slog.New(slog.NewJSONHandler(w, level))
+	return slog.New(telemetry.LogHandler(slog.NewJSONHandler(w, level)))
 }
 
 // endpoint is a URL to listen at.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,10 +21,14 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/cliconf"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // drainLimit bounds what follows the grace: the process must end within 10 s.
-const drainLimit = 2500 * time.Millisecond
+const drainLimit = 2200 * time.Millisecond
+
+// flushLimit bounds what telemetry may take to send its rest.
+const flushLimit = 500 * time.Millisecond
 
 // serve runs the daemon until a signal tells it to end, then drains it.
 func serve(ctx context.Context, o *options, logger *slog.Logger) error {
@@ -31,7 +36,21 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	told, err := telemetry.Start(ctx, telemetry.Options{
+		Version: cliconf.Version(), Instance: rand.Text(), TraceURL: o.TraceURL, Logger: logger,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(ctx, flushLimit)
+		defer cancel()
+		if err := told.Shutdown(ctx); err != nil {
+			logger.Warn("telemetry was not sent", "error", err)
+		}
+	}()
 	config := service.Config{
+		Telemetry:   told,
 		Methods:     all,
 		AllowedUIDs: o.AllowUID,
 		Insecure:    o.InsecureTCP,
@@ -57,6 +76,11 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 	defer stop()
 	group, running := errgroup.WithContext(signaled)
 	err = start(running, group, server, o, logger)
+	adminCtx, stopAdmin := context.WithCancel(ctx) // not by the signal: a drain is worth watching
+	defer stopAdmin()
+	if err == nil && o.Admin != nil {
+		err = startAdmin(adminCtx, group, told, server, o, logger)
+	}
 	if err == nil {
 		<-running.Done()
 	}
@@ -68,6 +92,7 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 		return errors.Join(err, drainErr) // what still runs ends with the process
 	}
 	logger.Info("drained")
+	stopAdmin()
 	if groupErr := group.Wait(); !errors.Is(groupErr, context.Canceled) { // a self-test may have been
 		err = errors.Join(err, groupErr)
 	}

@@ -68,6 +68,7 @@ func (c *cache) run(ctx context.Context, a *call) error {
 		Paths: a.answer.Paths[:0], Reasons: a.answer.Reasons[:0],
 		Lists: a.answer.Lists[:0], Truncated: a.answer.Truncated[:0], Output: a.answer.Output[:0],
 		Mass: a.answer.Mass[:0], Coverage: a.answer.Coverage[:0],
+		Audited: a.answer.Audited[:0], TrueMass: a.answer.TrueMass[:0], OutputError: a.answer.OutputError[:0],
 	}
 	pool := c.lease.device.pool
 	if a.request.Query != nil {
@@ -303,6 +304,7 @@ func (c *cache) finish(a *call) {
 		answer.Timing.Select += result.Timing.Select
 		answer.Timing.Prune += result.Timing.Prune
 		answer.Timing.Attend += result.Timing.Attend
+		c.countRead(&answer.Read, a, seq, result)
 		for i := range result.Mass {
 			known = known || !math.IsNaN(float64(result.Mass[i]))
 			covered = covered || !math.IsNaN(float64(result.Coverage[i]))
@@ -325,6 +327,37 @@ func (c *cache) finish(a *call) {
 	}
 	if !covered {
 		answer.Coverage = answer.Coverage[:0]
+	}
+}
+
+// countRead adds what a row read. A selector reads the records of all chunks, an estimator those of its
+// candidates, or their keys if it keeps no records; attention reads keys and values, but no keys whose
+// logits are known.
+func (c *cache) countRead(read *gpu.Read, a *call, seq *kv.SeqRow, result *pipeline.Result) {
+	keys, values := &c.layers[a.layer].k, &c.layers[a.layer].v
+	k, v := uint64(keys.Dim*keys.DType.Size()), uint64(values.Dim*values.DType.Size())
+	if a.request.ListsOnly {
+		v = 0
+	}
+	if result.Path == pipeline.Dense {
+		if !a.request.ListsOnly {
+			read.Cache += uint64(seq.Len-seq.First) * (k + v)
+		}
+		return
+	}
+	for i, kept := range result.Kept {
+		candidates, kept := uint64(result.Candidates[i]), uint64(kept)
+		if c.selector != nil {
+			read.Shadow += uint64(c.selector.headBytes + len(seq.Chunks)*c.selector.chunkBytes)
+		}
+		if c.estimator == nil {
+			read.Cache += candidates*k + kept*v
+			continue
+		}
+		read.Shadow += uint64(c.estimator.headBytes) + candidates*uint64(c.estimator.chunkBytes)/kv.ChunkTokens
+		if !a.request.ListsOnly {
+			read.Cache += kept * (k + v)
+		}
 	}
 }
 
