@@ -3,6 +3,8 @@ package client
 import (
 	"context"
 
+	"go.opentelemetry.io/otel/propagation"
+
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 )
 
@@ -45,6 +47,13 @@ type Sequence struct {
 
 // Trace is the W3C trace context of the engine's step.
 type Trace struct{ Parent, State string } // the headers traceparent and tracestate
+
+// TraceOf is the trace context of the OpenTelemetry span that ctx stands in, zero if there is none.
+func TraceOf(ctx context.Context) Trace {
+	headers := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, headers)
+	return Trace{Parent: headers["traceparent"], State: headers["tracestate"]}
+}
 
 // IndexStats counts what indexing did, tokens once per layer.
 type IndexStats struct {

@@ -21,7 +21,12 @@ const (
 	// spanRequest and the kind of a request name the span of any other message of a lease, a child of the
 	// OpenLease call's: twilight.register_cache. The lease itself has no span.
 	spanRequest = "twilight."
+	// SpanReplay is the engine's side of a step that `twilight replay` plays: the parent of twilight.step.
+	SpanReplay = "twilight.replay.step"
 )
+
+// AttrReplayStep is SpanReplay's one attribute, an int: which of the capture's steps it is.
+const AttrReplayStep = "twilight.replay.index"
 
 // Attributes of spans. Columns are in the order of proto LayerResult's, cut to maxColumn entries.
 const (

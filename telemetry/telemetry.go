@@ -33,6 +33,8 @@ const rootShare = 0.01
 
 // Options are what Start is told beside the environment.
 type Options struct {
+	// Service is the service.name, unless the environment has one: twilightd.
+	Service string
 	// Version of the build.
 	Version string
 	// Instance tells this process from its predecessors: random.
@@ -76,6 +78,9 @@ func Start(ctx context.Context, options Options) (*Telemetry, error) {
 	if options.Logger == nil {
 		options.Logger = slog.New(slog.DiscardHandler)
 	}
+	if options.Service == "" {
+		options.Service = "twilightd"
+	}
 	t := &Telemetry{
 		options: options, metrics: newMetrics(), start: time.Now(), leases: make(map[*Lease]struct{}),
 		tracers: noop.NewTracerProvider(), registry: prometheus.NewRegistry(),
@@ -83,7 +88,7 @@ func Start(ctx context.Context, options Options) (*Telemetry, error) {
 	res, err := resource.New(ctx,
 		resource.WithTelemetrySDK(),
 		resource.WithAttributes(
-			semconv.ServiceName("twilightd"), semconv.ServiceVersion(options.Version), semconv.ServiceInstanceID(options.Instance),
+			semconv.ServiceName(options.Service), semconv.ServiceVersion(options.Version), semconv.ServiceInstanceID(options.Instance),
 		),
 		resource.WithFromEnv(), // wins over what stands before it
 	)

@@ -10,33 +10,70 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/replay"
 )
 
+// scale maps numbers to levels, 0 for the least to 1 for the most of them.
+type scale struct {
+	least, most float64
+	logarithmic bool
+}
+
+// scaleOf spans numbers that are not negative, which stands for unknown. A logarithmic scale begins no
+// lower than at floor, and a linear one has none.
+func scaleOf(floor float64, rows ...[]float64) scale {
+	s := scale{least: math.Inf(1), logarithmic: floor > 0}
+	for _, row := range rows {
+		for _, x := range row {
+			if x >= 0 {
+				s.least, s.most = min(s.least, max(x, floor)), max(s.most, x, floor)
+			}
+		}
+	}
+	return s
+}
+
+// level is where a number lies on the scale, in [0, 1].
+func (s scale) level(x float64) float64 {
+	switch {
+	case !(s.most > s.least):
+		return 0
+	case s.logarithmic:
+		return min(max(math.Log(x/s.least)/math.Log(s.most/s.least), 0), 1)
+	}
+	return min(max((x-s.least)/(s.most-s.least), 0), 1)
+}
+
+// at is the number at a level.
+func (s scale) at(level float64) float64 {
+	if s.logarithmic {
+		return s.least * math.Pow(s.most/s.least, level)
+	}
+	return s.least + level*(s.most-s.least)
+}
+
 // heatmap shows kept tokens, layers down and query heads across, on a logarithmic scale.
 type heatmap struct {
+	scale
 	report *replay.Report
-	least  float64 // of any cell, at least 1
-	most   float64
+	grid   grid
 }
 
 func newHeatmap(r *replay.Report) *heatmap {
-	m := &heatmap{report: r, least: math.Inf(1)}
+	g := grid{
+		format: func(x float64) string { return fmt.Sprintf("%.0f", x) },
+		unit:   fmt.Sprintf("of %d tokens kept (logarithmic)", r.Facts.Tokens),
+	}
 	for _, l := range r.Layers {
-		for _, h := range l.Heads {
-			m.least, m.most = min(m.least, max(h.Kept, 1)), max(m.most, h.Kept)
+		row := make([]float64, len(l.Heads))
+		for i, h := range l.Heads {
+			row[i] = h.Kept
 		}
+		g.layers, g.cells = append(g.layers, l.Layer), append(g.cells, row)
 	}
-	return m
+	g.scale = scaleOf(1, g.cells...)
+	return &heatmap{scale: g.scale, report: r, grid: g}
 }
 
-// level is where a number of tokens lies on the scale, in [0, 1].
-func (m *heatmap) level(kept float64) float64 {
-	if m.most <= m.least {
-		return 0
-	}
-	return min(max(math.Log(kept/m.least)/math.Log(m.most/m.least), 0), 1)
-}
-
-// at is the number of tokens at a level.
-func (m *heatmap) at(level float64) float64 { return m.least * math.Pow(m.most/m.least, level) }
+// print draws the map on a terminal.
+func (m *heatmap) print(w io.Writer, depth colours, columns int) { m.grid.print(w, depth, columns) }
 
 // rgb is a colour.
 type rgb struct{ r, g, b uint8 }
@@ -97,57 +134,6 @@ func swatch(level float64, depth colours) string {
 		return shades[int(math.Round(level*float64(len(shades)-1)))]
 	}
 	return colour(level).background(depth) + " \x1b[0m"
-}
-
-// number is a right-aligned number on a level's colour, or behind its shade.
-func number(n float64, digits int, level float64, depth colours) string {
-	if depth == noColours {
-		return fmt.Sprintf("%s %*.0f", swatch(level, depth), digits, n)
-	}
-	return fmt.Sprintf("%s %*.0f \x1b[0m", colour(level).background(depth), digits, n)
-}
-
-// print draws the map with numbers in its cells, or without where they do not fit.
-func (m *heatmap) print(w io.Writer, depth colours, columns int) {
-	const label = "layer %3d  "
-	indent := len(fmt.Sprintf(label, 0))
-	heads := len(m.report.Layers[0].Heads)
-	digits := len(fmt.Sprintf("%.0f", m.most))
-	numbers := indent+heads*(digits+3) <= columns
-
-	var head strings.Builder
-	fmt.Fprintf(&head, "%*s", indent, "head  ")
-	for h := range heads {
-		switch {
-		case numbers && depth == noColours:
-			fmt.Fprintf(&head, "%*d ", digits+2, h)
-		case numbers:
-			fmt.Fprintf(&head, "%*d  ", digits+1, h)
-		case h%10 == 0:
-			fmt.Fprintf(&head, "%-10d", h)
-		}
-	}
-	fmt.Fprintln(w, strings.TrimRight(head.String(), " "))
-	for _, l := range m.report.Layers {
-		fmt.Fprintf(w, label, l.Layer)
-		for i, h := range l.Heads {
-			switch {
-			case !numbers:
-				fmt.Fprint(w, swatch(m.level(h.Kept), depth))
-				continue
-			case i > 0:
-				fmt.Fprint(w, " ")
-			}
-			fmt.Fprint(w, number(h.Kept, digits, m.level(h.Kept), depth))
-		}
-		fmt.Fprintln(w)
-	}
-	fmt.Fprintf(w, "\n%*s%.0f ", indent, "", m.least)
-	const steps = 2 * len(cividis)
-	for i := range steps {
-		fmt.Fprint(w, swatch(float64(i)/float64(steps-1), depth))
-	}
-	fmt.Fprintf(w, " %.0f of %d tokens kept (logarithmic)\n", m.most, m.report.Facts.Tokens)
 }
 
 // svg draws the map as a picture.

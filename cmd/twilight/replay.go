@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -13,25 +14,31 @@ import (
 	"time"
 
 	"github.com/twilight-sidecar/twilight/internal/capture"
+	"github.com/twilight-sidecar/twilight/internal/cliconf"
 	"github.com/twilight-sidecar/twilight/internal/layout"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // patience is how long a command waits for a daemon that is starting.
 const patience = 10 * time.Second
 
+// flushLimit bounds what sending the last spans may take.
+const flushLimit = 2 * time.Second
+
 type replayCmd struct {
 	connection
-	Capture  string  `type:"existingfile" required:"" placeholder:"FILE" help:"Keys, values and queries of a model: safetensors, as internal/capture describes it."`
-	Config   string  `type:"existingfile" required:"" placeholder:"FILE" help:"Twilight JSON config, as in benchmark/configs."`
-	Group    string  `enum:",union,per_query_head" default:"" placeholder:"MODE" help:"What the query heads of a KV head share, in place of the config's: union or per_query_head."`
-	P        float64 `placeholder:"P" help:"Share of attention to keep, in place of the config's."`
-	Layout   string  `enum:"nhd,hnd,packed,slots,contiguous" default:"nhd" help:"How the cache lies in memory: nhd, hnd, packed, slots or contiguous (nhd)."`
-	PageSize int     `default:"16" placeholder:"N" help:"Tokens of a page; slots and contiguous have their own (16)."`
-	DType    string  `name:"dtype" enum:"fp16,bf16,fp32,fp8" default:"fp16" help:"Element type of the cache: fp16, bf16, fp32 or fp8 (fp16)."`
-	Seed     uint64  `default:"1" help:"Shuffles the cache's pages (1)."`
-	JSON     bool    `name:"json" help:"Print the report as JSON, and nothing else, on stdout."`
+	Capture  string        `type:"existingfile" required:"" placeholder:"FILE" help:"Keys, values and queries of a model: safetensors, as internal/capture describes it."`
+	Config   string        `type:"existingfile" required:"" placeholder:"FILE" help:"Twilight JSON config, as in benchmark/configs."`
+	Group    string        `enum:",union,per_query_head" default:"" placeholder:"MODE" help:"What the query heads of a KV head share, in place of the config's: union or per_query_head."`
+	P        float64       `placeholder:"P" help:"Share of attention to keep, in place of the config's."`
+	Layout   string        `enum:"nhd,hnd,packed,slots,contiguous" default:"nhd" help:"How the cache lies in memory: nhd, hnd, packed, slots or contiguous (nhd)."`
+	PageSize int           `default:"16" placeholder:"N" help:"Tokens of a page; slots and contiguous have their own (16)."`
+	DType    string        `name:"dtype" enum:"fp16,bf16,fp32,fp8" default:"fp16" help:"Element type of the cache: fp16, bf16, fp32 or fp8 (fp16)."`
+	Seed     uint64        `default:"1" help:"Shuffles the cache's pages (1)."`
+	Pace     time.Duration `default:"0s" placeholder:"DURATION" help:"Least time from a step to the next, to watch them come."`
+	JSON     bool          `name:"json" help:"Print the report as JSON, and nothing else, on stdout."`
 }
 
 func (*replayCmd) Help() string {
@@ -41,6 +48,11 @@ compares every output with dense attention computed here in float64.
     twilightd --listen unix:///tmp/tw.sock &
     twilight replay --target unix:///tmp/tw.sock --capture testdata/smollm2-demo.safetensors \
         --config benchmark/configs/config_quest_twi.json
+
+Sends its side of the traces where the OTEL_* variables say, as twilightd does:
+
+    export OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 OTEL_EXPORTER_OTLP_PROTOCOL=grpc
+    OTEL_TRACES_SAMPLER=always_on twilight replay ...
 
 Waits up to 10 s for the daemon to serve. With --json, "heads" are query heads; under union those of a
 group share "kept". Errors are ||out-dense||/||dense||, masses shares of the true softmax weight.`
@@ -64,9 +76,21 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 		return err
 	}
 	defer conn.Close()
+	told, err := telemetry.Start(ctx, telemetry.Options{Service: "twilight-replay", Version: cliconf.Version(), Instance: rand.Text()})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushLimit)
+		defer cancel()
+		if err := told.Shutdown(ctx); err != nil {
+			fmt.Fprintf(term.err, "twilight: spans were not sent: %v\n", err)
+		}
+	}()
 	bar := newProgress(term.err)
 	report, err := replay.Run(ctx, conn, replay.Options{
 		Capture: loaded, Config: config, Layout: layout.Kind(c.Layout), PageSize: c.PageSize, DType: dtype, Seed: c.Seed,
+		Pace: c.Pace, Tracer: told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight"),
 		Progress: func(done, all int) { bar.show("replay: %d of %d", done, all) },
 	})
 	bar.clear()

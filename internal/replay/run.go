@@ -9,10 +9,15 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
+
 	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/internal/capture"
 	"github.com/twilight-sidecar/twilight/internal/layout"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // sequence is the engine's name for the one sequence of a capture.
@@ -31,6 +36,11 @@ type Options struct {
 	DType    client.DType // F16 if 0
 	// Seed shuffles the cache's pages.
 	Seed uint64
+
+	// Pace is the least time from a step to the next, for those who watch.
+	Pace time.Duration
+	// Tracer, if not nil, makes a span of each step, to which the daemon's hang.
+	Tracer trace.Tracer
 
 	// Progress, if not nil, is told after the prefill and after each step how much of all is done.
 	Progress func(done, all int)
@@ -53,6 +63,9 @@ func Run(ctx context.Context, c *client.Client, o Options) (*Report, error) {
 	o.Layout = cmp.Or(o.Layout, layout.NHD)
 	o.PageSize = cmp.Or(o.PageSize, kv.ChunkTokens)
 	o.DType = cmp.Or(o.DType, client.F16)
+	if o.Tracer == nil {
+		o.Tracer = noop.Tracer{}
+	}
 	io := o.DType // an engine's activations; none has 8 bits here
 	if io == client.F8E4M3 {
 		io = client.F16
@@ -170,26 +183,45 @@ func (e *engine) decode(ctx context.Context, j *judge) error {
 	e.facts.Prefill = time.Since(start)
 	e.progress(1)
 	for step := range c.Steps {
-		e.write(c.N+step, c.N+step+1)
-		start := time.Now()
-		declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
-		if err != nil {
-			return fmt.Errorf("step %d: %w", step, err)
-		}
-		e.facts.Decode += time.Since(start)
-		for layer := range c.Layers {
-			result, err := e.layer(ctx, declared, step, layer)
-			if err == nil {
-				err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
-			}
-			if err != nil {
-				return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
-			}
+		next := time.After(e.Pace)
+		if err := e.step(ctx, j, step); err != nil {
+			return err
 		}
 		if err := j.judge(step); err != nil {
 			return fmt.Errorf("step %d: %w", step, err)
 		}
 		e.progress(2 + step)
+		select {
+		case <-next:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// step decodes one step, in a span of its own.
+func (e *engine) step(ctx context.Context, j *judge, step int) error {
+	c := e.Capture
+	ctx, span := e.Tracer.Start(ctx, telemetry.SpanReplay, trace.WithAttributes(attribute.Int(telemetry.AttrReplayStep, step)))
+	defer span.End()
+	e.write(c.N+step, c.N+step+1)
+	start := time.Now()
+	batch := e.batch(c.N+step+1, false)
+	batch.Trace = client.TraceOf(ctx)
+	declared, err := e.cache.Step(ctx, batch)
+	if err != nil {
+		return fmt.Errorf("step %d: %w", step, err)
+	}
+	e.facts.Decode += time.Since(start)
+	for layer := range c.Layers {
+		result, err := e.layer(ctx, declared, step, layer)
+		if err == nil {
+			err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
+		}
+		if err != nil {
+			return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
+		}
 	}
 	return nil
 }
