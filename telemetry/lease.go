@@ -310,7 +310,7 @@ func (l *Lease) BeginStep(ctx context.Context, received time.Time, s *Step) cont
 	if s.IndexOnly {
 		p.phase = phasePrefill
 	}
-	p.ctx, p.span = l.t.tracer.Start(propagator.Extract(ctx, (*carrier)(s)), spanStep, l.stepOptions(s)...)
+	p.ctx, p.span = l.startStep(ctx, s)
 	return p.ctx
 }
 

@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"context"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -23,21 +24,23 @@ func (l *Lease) attributes() []attribute.KeyValue {
 	}
 }
 
-func (l *Lease) stepOptions(s *Step) []trace.SpanStartOption {
-	options := []trace.SpanStartOption{
-		trace.WithTimestamp(l.call.received),
-		trace.WithSpanKind(trace.SpanKindServer),
-		trace.WithAttributes(append(l.attributes(),
-			attribute.Int64(attrCache, int64(s.Cache)),
-			attribute.Int64(attrStepID, int64(s.ID)),
-			attribute.Bool(attrIndexOnly, s.IndexOnly),
-			attribute.Int(attrSequences, len(s.Lengths)),
-		)...),
+// startStep starts a step's span. What it says is put together only if somebody will read it.
+func (l *Lease) startStep(ctx context.Context, s *Step) (context.Context, trace.Span) {
+	ctx, span := l.t.tracer.Start(propagator.Extract(ctx, (*carrier)(s)), spanStep,
+		trace.WithTimestamp(l.call.received), trace.WithSpanKind(trace.SpanKindServer))
+	if !span.IsRecording() {
+		return ctx, span
 	}
+	span.SetAttributes(append(l.attributes(),
+		attribute.Int64(attrCache, int64(s.Cache)),
+		attribute.Int64(attrStepID, int64(s.ID)),
+		attribute.Bool(attrIndexOnly, s.IndexOnly),
+		attribute.Int(attrSequences, len(s.Lengths)),
+	)...)
 	if l.opened.IsValid() {
-		options = append(options, trace.WithLinks(trace.Link{SpanContext: l.opened}))
+		span.AddLink(trace.Link{SpanContext: l.opened})
 	}
-	return options
+	return ctx, span
 }
 
 // attributes are what is known of a step once it is over.

@@ -60,6 +60,22 @@ type engine struct {
 
 // Run replays a capture. The daemon must run on this host.
 func Run(ctx context.Context, c *client.Client, o Options) (*Report, error) {
+	e, err := open(ctx, c, &o)
+	if err != nil {
+		return nil, err
+	}
+	defer e.session.Close()
+	j := newJudge(o.Capture, &e.facts)
+	if err := e.decode(ctx, j); err != nil {
+		return nil, err
+	}
+	r := j.report()
+	r.Config = json.RawMessage(e.session.Config())
+	return r, nil
+}
+
+// open opens a session and lends it the capture's cache, still empty. It fills in o's defaults.
+func open(ctx context.Context, c *client.Client, o *Options) (*engine, error) {
 	o.Layout = cmp.Or(o.Layout, layout.NHD)
 	o.PageSize = cmp.Or(o.PageSize, kv.ChunkTokens)
 	o.DType = cmp.Or(o.DType, client.F16)
@@ -83,18 +99,12 @@ func Run(ctx context.Context, c *client.Client, o Options) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer session.Close()
-	e := &engine{Options: &o, session: session}
+	e := &engine{Options: o, session: session}
 	if err := e.lend(ctx); err != nil {
+		session.Close()
 		return nil, err
 	}
-	j := newJudge(o.Capture, &e.facts)
-	if err := e.decode(ctx, j); err != nil {
-		return nil, err
-	}
-	r := j.report()
-	r.Config = json.RawMessage(session.Config())
-	return r, nil
+	return e, nil
 }
 
 // lend makes the cache and the buffers for queries and outputs, and lends them.

@@ -12,6 +12,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/host"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // Daemon serves the CPU on a Unix socket, as twilightd does.
@@ -28,6 +29,8 @@ type Options struct {
 	Version string
 	// DrainGrace is how long Stop waits for leases to end; service.Config's default if 0.
 	DrainGrace time.Duration
+	// Telemetry, if not nil, is told what the daemon does. It is the caller's to shut down.
+	Telemetry *telemetry.Telemetry
 }
 
 // Start starts a daemon. It serves once Start returns.
@@ -57,7 +60,7 @@ func (d *Daemon) serve(ctx context.Context, o Options) error {
 	}
 	device := host.New(host.Options{Methods: all})
 	d.server, err = service.New(service.Config{
-		Devices: []gpu.Device{device}, Methods: all, Version: o.Version, DrainGrace: o.DrainGrace,
+		Devices: []gpu.Device{device}, Methods: all, Version: o.Version, DrainGrace: o.DrainGrace, Telemetry: o.Telemetry,
 	})
 	if err != nil {
 		return errors.Join(err, listener.Close(), device.Close())
