@@ -43,7 +43,6 @@ func New() (*pipeline.Methods, error) {
 	}, nil
 }
 
-// noCompressor leaves the cache as the prefill made it.
 func noCompressor() registry.Method[pipeline.Compressor] {
 	return registry.Method[pipeline.Compressor]{
 		Type:    "none",
@@ -51,6 +50,7 @@ func noCompressor() registry.Method[pipeline.Compressor] {
 	}
 }
 
+// uncompressed leaves the cache as the prefill made it.
 type uncompressed struct{}
 
 func (*uncompressed) Validate() error { return nil }

@@ -43,6 +43,9 @@ func (d ds) Fits(layer int, g *kv.Geometry) error {
 	return nil
 }
 
+// Unit implements selector.Ranker.
+func (ds) Unit() int { return 1 }
+
 // Select implements selector.Selector.
 func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n := row.Budget(d.tokenBudget, d.sparsityRate), row.Len-row.First
@@ -58,7 +61,7 @@ func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 		return selector.All(dst, row)
 	}
 	r := d.labels.r
-	scratch := lowbit.ScratchFloats(1, r)
+	scratch := lowbit.ScratchFloats(1)
 	f32 := row.Scratch.Floats(n + row.Dim + r + scratch)
 	scores, query, label := selector.Take(&f32, n), selector.Take(&f32, row.Dim), selector.Take(&f32, r)
 	row.Sum(query)
