@@ -45,7 +45,7 @@ type Row struct {
 	SelectorRecords, EstimatorRecords kv.Records
 
 	P           float32 // overrides the pruner's share if > 0
-	TokenBudget int     // overrides the selector's budget if > 0
+	TokenBudget int     // overrides the selector's budget, and coverage, if > 0
 	ListsOnly   bool    // leave Result.Output unset
 }
 

@@ -41,10 +41,9 @@ type Row struct {
 	// candidates, whatever their score.
 	PinFirst, PinCurrent bool
 
-	// Bounds, if the method has them, is set by Select to upper bounds on each query's logits before
-	// softcap, [n][chunks], for the chunks from that of First on: what the candidates' coverage is
-	// estimated from. It stays valid until the next Select with this Row.
-	Bounds [][]float32
+	// Ranking is what a Ranker selected by: set by its Select, unless every token is a candidate, and
+	// valid until the next Select with this Row. It must be empty before.
+	Ranking Ranking
 
 	// Scratch is reused by the method from call to call with this Row.
 	Scratch Scratch

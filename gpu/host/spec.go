@@ -2,6 +2,7 @@ package host
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -41,6 +42,12 @@ func (l *lease) layers(spec *gpu.CacheSpec) ([]layer, error) {
 		}
 		first[s.Layer] = i
 		layers[i].model = s.Layer
+		var misfit *fault.Error
+		if err := l.pipeline.Fits(s.Layer); errors.As(err, &misfit) {
+			return nil, fault.Newf(misfit.Kind, field+".layer", "layer %d does not fit the lease's config: %v", s.Layer, misfit)
+		} else if err != nil {
+			return nil, err
+		}
 		for j, p := range []struct {
 			plane   *kv.Plane
 			at      gpu.Span
