@@ -53,6 +53,16 @@ type Config struct {
 	// makes candidates. A ceiling of 0 is none.
 	CoverageFloor   int `json:"coverage_floor"`
 	CoverageCeiling int `json:"coverage_ceiling"`
+
+	// Audit is the share of rows that are computed densely, too, to tell the true mass that their tokens
+	// hold and the error of their output. It costs that share of dense attention.
+	Audit float64 `json:"audit"`
+	// AuditMassFloor is the true mass below which an audited query head is worth a warning in the
+	// daemon's log; 0 for never.
+	AuditMassFloor float64 `json:"audit_mass_floor"`
+	// AuditErrorCeiling is the relative error of the output above which an audited query head is worth a
+	// warning in the daemon's log; 0 for never.
+	AuditErrorCeiling float64 `json:"audit_error_ceiling"`
 }
 
 // Group is a group mode.
@@ -203,6 +213,11 @@ func (c *Config) ownFaults() error {
 		"coverage_ceiling is %d, expected 1..%d tokens, or 0 for no limit", ceiling, math.MaxInt32)
 	expect(ceiling == 0 || ceiling >= c.CoverageFloor, "coverage_ceiling",
 		"coverage_ceiling is %d, expected no less than coverage_floor, which is %d", ceiling, c.CoverageFloor)
+	expect(c.Audit >= 0 && c.Audit <= 1, "audit", "audit is %v, expected a share of the rows in [0, 1]", c.Audit)
+	expect(c.AuditMassFloor >= 0 && c.AuditMassFloor <= 1, "audit_mass_floor",
+		"audit_mass_floor is %v, expected a share of softmax weight in (0, 1], or 0 for no warnings", c.AuditMassFloor)
+	expect(c.AuditErrorCeiling >= 0 && !math.IsInf(c.AuditErrorCeiling, 0), "audit_error_ceiling",
+		"audit_error_ceiling is %v, expected a relative error, or 0 for no warnings", c.AuditErrorCeiling)
 	return faults.err()
 }
 

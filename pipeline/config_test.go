@@ -59,10 +59,11 @@ const (
 )
 
 // rest is what our own keys are unless set.
-const rest = `, "group": "union", "pin_first_chunk": true, "pin_current_chunk": true, "dense_below": 0, "p_over": "candidates"` + noCoverage + `}`
+const rest = `, "group": "union", "pin_first_chunk": true, "pin_current_chunk": true, "dense_below": 0, "p_over": "candidates"` + noCoverage + noAudit + `}`
 
 const (
 	noCoverage = `, "coverage": 0, "coverage_floor": 512, "coverage_ceiling": 0`
+	noAudit    = `, "audit": 0, "audit_mass_floor": 0, "audit_error_ceiling": 0`
 	noLimits   = `, "threshold_by_layer": {}, "threshold_by_head": {}, "min_budget": 0, "max_budget": 0`
 )
 
@@ -92,6 +93,7 @@ func TestParse(t *testing.T) {
 		"all keys": {`{"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
 			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all",
 			"coverage": 0.97, "coverage_floor": 256, "coverage_ceiling": 4096,
+			"audit": 0.001, "audit_mass_floor": 0.7, "audit_error_ceiling": 0.3,
 			"weight_pruner": {"threshold": -2.5, "threshold_by_layer": {"0": 1, "17": -7.5}, "threshold_by_head": {"3": [1.5, -2]},
 				"min_budget": 16, "max_budget": 1024, "type": "threshold"},
 			"weight_estimator": {"quant_bit": 8, "equalize": false, "type": "min_max_quant"},
@@ -102,7 +104,8 @@ func TestParse(t *testing.T) {
 				"threshold_by_head": {"3": [1.5, -2]}, "min_budget": 16, "max_budget": 1024},
 			"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
 			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all",
-			"coverage": 0.97, "coverage_floor": 256, "coverage_ceiling": 4096}`},
+			"coverage": 0.97, "coverage_floor": 256, "coverage_ceiling": 4096,
+			"audit": 0.001, "audit_mass_floor": 0.7, "audit_error_ceiling": 0.3}`},
 	} {
 		got, err := json.Marshal(mustParse(t, test.config))
 		if err != nil {
@@ -176,6 +179,9 @@ func TestParseRefuses(t *testing.T) {
 		"coverage":      {`{"selector": {"type": "quest"}, "coverage": 1.01}`, "coverage", "(0, 1]", fault.Invalid},
 		"floor":         {`{"coverage_floor": -1}`, "coverage_floor", "expected 0..", fault.Invalid},
 		"ceiling":       {`{"coverage_ceiling": 511}`, "coverage_ceiling", "no less than coverage_floor, which is 512", fault.Invalid},
+		"audit":         {`{"audit": 1.01}`, "audit", "in [0, 1]", fault.Invalid},
+		"mass floor":    {`{"audit_mass_floor": -0.1}`, "audit_mass_floor", "(0, 1]", fault.Invalid},
+		"error ceiling": {`{"audit_error_ceiling": -1}`, "audit_error_ceiling", "no warnings", fault.Invalid},
 		"no ranking":    {`{"selector": {"type": "streaming"}, "coverage": 0.9}`, "coverage", `selector "streaming"`, fault.Unsupported},
 		"by layer":      {`{"weight_pruner": {"type": "top_p", "threshold_by_layer": {"3": 0}}}`, `weight_pruner.threshold_by_layer["3"]`, "(0, 1]", fault.Invalid},
 		"layer twice":   {`{"weight_pruner": {"type": "top_p", "threshold_by_layer": {"3": 1, "3": 1}}}`, `weight_pruner.threshold_by_layer["3"]`, "twice", fault.Invalid},

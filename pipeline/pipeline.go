@@ -67,6 +67,10 @@ type Result struct {
 
 	Timing Timing
 
+	// TrueMass is, per query head, the share of softmax weight that kept tokens hold, and OutputError
+	// ||out-dense||/||dense||, NaN with ListsOnly. They are set by Audit.
+	TrueMass, OutputError []float32
+
 	lists [][]int32 // what Lists is cut from
 }
 

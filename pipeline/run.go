@@ -84,8 +84,9 @@ type Scratch struct {
 	moreLogits matrix    // [heads][more]
 	tops       []float32 // largest logits, [heads]
 	cover      cover
-	kept       []int32   // indices into candidates
-	isKept     []bool    // [candidates], by any head
+	kept       []int32 // indices into candidates
+	isKept     []bool  // [candidates], by any head
+	audit      audit
 	shares     []float32 // of the candidates in the heads' weights
 }
 
@@ -157,6 +158,7 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
 	}
 	res.Lists, res.Timing = nil, Timing{}
+	res.TrueMass, res.OutputError = res.TrueMass[:0], res.OutputError[:0]
 
 	queries := s.scaled.shape(heads, g.KDim)
 	vek32.MulNumber_Into(s.scaled.flat, row.Queries[:heads*g.KDim], g.Scale)
