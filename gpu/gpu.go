@@ -229,7 +229,8 @@ type LayerResult struct {
 	Output           []byte
 	Mass, Coverage   []float32 // B*Hq, or empty where unknown
 	// Audited are indices into B*Hq of the query heads that were also computed densely. TrueMass is the
-	// share of softmax weight that their kept tokens hold, OutputError ||out-dense||/||dense||.
+	// share of softmax weight that their kept tokens hold, OutputError ||out-dense||/||dense||, NaN with
+	// ListsOnly.
 	Audited               []uint32
 	TrueMass, OutputError []float32
 	Index                 kv.IndexStats

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/fdsock"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 	"github.com/twilight-sidecar/twilight/telemetry"
 )
@@ -29,6 +31,7 @@ type lease struct {
 	owner          string // identity of the peer that opened it
 	info           gpu.Info
 	geometry       *kv.Geometry
+	config         *pipeline.Config
 	configJSON     string
 	shadowPerToken float64
 	device         gpu.Lease
@@ -48,6 +51,8 @@ type lease struct {
 	regions map[uint32]*region
 	caches  map[uint32]*cache
 	result  gpu.LayerResult
+	// warnings are those of audits.
+	warnings *rate.Sometimes
 }
 
 // arrival is a request and when it was received.

@@ -100,6 +100,7 @@ func (l *lease) layer(ctx context.Context, req *twilightv1.Layer) (*twilightv1.L
 	if err := c.device.Layer(ctx, call, &l.result); err != nil {
 		return nil, err
 	}
+	l.warnAudit(ctx, req.GetLayer())
 	return l.layerResult()
 }
 
@@ -208,6 +209,9 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		Output:            r.Output,
 		EstimatedMass:     r.Mass,
 		EstimatedCoverage: r.Coverage,
+		Audited:           r.Audited,
+		TrueMass:          r.TrueMass,
+		OutputError:       r.OutputError,
 		Index:             indexStats(&r.Index),
 		Timing: &twilightv1.Timing{
 			WallNs:   uint64(r.Timing.Wall.Nanoseconds()),

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -351,5 +352,38 @@ func TestCollectorInTrouble(t *testing.T) {
 				return dropped+lost >= 5*steps-16 && dropped+lost <= 5*steps && lost > 0
 			})
 		})
+	}
+}
+
+// What an audit finds is told in the answer, on the span, in metrics and, below the floor, in the log.
+func TestAudit(t *testing.T) {
+	c := otlptest.Start(t, nil)
+	d := startHost(t, Config{Telemetry: told(t, c)})
+	e := d.openWith(`{"skip_first_two_layers": false, "group": "per_query_head", "weight_pruner": {"type": "top_p", "threshold": 0.2},
+		"audit": 1, "audit_mass_floor": 0.9}`)
+	e.must(registerRegion(1, 1, e.lendFD(share(t).fd)))
+	e.must(registerCache(1))
+	e.must(tracedStep(1, sampledParent))
+	got := e.must(realLayer(1)).GetLayerResult()
+	if !slices.Equal(got.GetAudited(), []uint32{0, 1}) || len(got.GetTrueMass()) != 2 || len(got.GetOutputError()) != 2 {
+		t.Fatalf("audited %v: mass %v, error %v", got.GetAudited(), got.GetTrueMass(), got.GetOutputError())
+	}
+	for h, mass := range got.GetTrueMass() {
+		// All tokens are candidates and their weights are exact, so that the estimate is the truth.
+		if estimate := got.GetEstimatedMass()[h]; mass < .2 || mass > .9 || math.Abs(float64(mass-estimate)) > 1e-5 || !(got.GetOutputError()[h] > .01) {
+			t.Errorf("head %d: true mass %v, estimated %v, error %v", h, mass, estimate, got.GetOutputError()[h])
+		}
+	}
+	c.Wait(t, "the span", func() bool { return len(spansNamed(c, "twilight.layer")) == 1 })
+	span := spansNamed(c, "twilight.layer")[0]
+	if mass, ok := attr(span, "twilight.audit.mass").([]any); !ok || len(mass) != 2 || mass[0] != float64(got.GetTrueMass()[0]) {
+		t.Errorf("twilight.audit.mass is %v", attr(span, "twilight.audit.mass"))
+	}
+	c.Wait(t, "the metrics", func() bool {
+		mass, errs := c.Metric("twilight.audit.mass").GetHistogram().GetDataPoints(), c.Metric("twilight.audit.error").GetHistogram().GetDataPoints()
+		return len(mass) == 1 && mass[0].GetCount() == 2 && len(errs) == 1 && errs[0].GetCount() == 2
+	})
+	if log := d.log.String(); strings.Count(log, "audit: too little attention is kept") != 1 || !strings.Contains(log, `"heads_below":2`) {
+		t.Errorf("log %s", log)
 	}
 }

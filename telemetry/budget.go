@@ -23,7 +23,11 @@ type mean struct {
 	n     int
 }
 
+// add takes a value, unless it is NaN: not known.
 func (m *mean) add(x float64) {
+	if x != x {
+		return
+	}
 	m.n = min(m.n+1, window)
 	m.value += (x - m.value) / float64(m.n)
 }

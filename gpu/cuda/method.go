@@ -86,6 +86,10 @@ func choose(cfg *pipeline.Config) (method, error) {
 		return m, fault.Newf(fault.Unsupported, "coverage",
 			"candidates by coverage do not run on this GPU: leave it out, and give the selector a budget")
 	}
+	if cfg.Audit > 0 {
+		return m, fault.Newf(fault.Unsupported, "audit",
+			"audits do not run on this GPU: leave it out")
+	}
 	if cfg.UseEstimatedWeights {
 		return m, fault.Newf(fault.Unsupported, "use_estimated_weights_in_attn",
 			"attention by estimates does not run on this GPU: leave it out")

@@ -233,6 +233,9 @@ func (c *cache) attend(worker, task int) error {
 		s.row.TokenBudget = int(a.request.TokenBudget[b])
 	}
 	c.lease.pipeline.Run(&s.pipeline, &s.row, result)
+	if c.lease.config.Audits(&s.row, b) {
+		c.lease.pipeline.Audit(&s.pipeline, &s.row, result)
+	}
 
 	for i := range c.lease.lists {
 		r := task*c.lease.lists + i
@@ -309,6 +312,11 @@ func (c *cache) finish(a *call) {
 			known = known || !math.IsNaN(float64(result.Mass[i]))
 			covered = covered || !math.IsNaN(float64(result.Coverage[i]))
 		}
+		for i := range result.TrueMass {
+			answer.Audited = append(answer.Audited, uint32(task*g.Group()+i))
+		}
+		answer.TrueMass = append(answer.TrueMass, result.TrueMass...)
+		answer.OutputError = append(answer.OutputError, result.OutputError...)
 		for i, kept := range result.Kept {
 			switch {
 			case a.request.ListBuffer != nil:

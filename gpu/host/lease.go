@@ -21,6 +21,7 @@ import (
 type lease struct {
 	device              *Device
 	geometry            kv.Geometry
+	config              *pipeline.Config
 	pipeline            *pipeline.Pipeline
 	selector, estimator kv.Shadow // nil where a method keeps nothing
 	lists               int       // lists of a row: one, or one for each query head of its group
@@ -61,7 +62,7 @@ func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) 
 		return nil, fault.In("config", err)
 	}
 	l := &lease{
-		device: d, geometry: *g, pipeline: p, lists: 1,
+		device: d, geometry: *g, config: cfg, pipeline: p, lists: 1,
 		scratch:  make([]scratch, d.options.Workers),
 		memories: map[*memory]struct{}{}, caches: map[*cache]struct{}{},
 	}
