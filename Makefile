@@ -29,6 +29,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUF_VERSION := v1.75.0
 GOLANGCI_LINT_VERSION := v2.15.0
+JAEGER_VERSION := v1.76.0
+PLAYWRIGHT_VERSION := 1.65.1
 GRPCURL_VERSION := v1.9.4
 PROTOC_GEN_GO_VERSION := v1.36.12
 PROTOC_GEN_GO_GRPC_VERSION := v1.6.2
@@ -121,6 +123,24 @@ describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and
 
 include gpu/cuda/cuda.mk
 
+E2E := $(abspath $(TMP))/e2e
+E2E_CONFIG := telemetry/e2e/config.json
+
+.PHONY: e2e-commands
+e2e-commands:
+	@CGO_ENABLED=0 $(GO) build -o $(E2E)/ ./cmd/twilightd ./cmd/twilight
+
+.PHONY: page-e2e
+page-e2e: e2e-commands ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+	@npm install --prefix $(E2E) --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error \
+		playwright-core@$(PLAYWRIGHT_VERSION)
+	@cp telemetry/e2e/page.mjs $(E2E)/
+	node $(E2E)/page.mjs $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG) docs/budgets.png
+
+.PHONY: trace-e2e
+trace-e2e: e2e-commands $(BIN)/jaeger ## Find per-head budgets of a real capture in Jaeger, under the engine's own trace
+	BIN=$(E2E) ROOT=$(CURDIR) JAEGER=$(abspath $(BIN))/jaeger $(GO) test -tags e2e -count 1 -v ./telemetry/e2e
+
 .PHONY: ci
 ci: ## Run all that a change must pass
 	.ci/run
@@ -164,4 +184,11 @@ $(BIN)/protoc-gen-go: $(PINS)/protoc-gen-go@$(PROTOC_GEN_GO_VERSION)
 
 $(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
 	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
+	@touch $@
+
+# In a module of its own: its hundreds of requirements are not ours.
+$(BIN)/jaeger: $(PINS)/jaeger@$(JAEGER_VERSION)
+	@mkdir -p $(TMP)/jaeger && cd $(TMP)/jaeger && rm -f go.mod go.sum && $(GO) mod init jaeger 2>/dev/null && \
+		GOFLAGS=-mod=mod $(GO) get -tool github.com/jaegertracing/jaeger/cmd/jaeger@$(JAEGER_VERSION)
+	cd $(TMP)/jaeger && GOFLAGS=-mod=mod CGO_ENABLED=0 $(GO) build -o $(abspath $@) github.com/jaegertracing/jaeger/cmd/jaeger
 	@touch $@

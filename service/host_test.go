@@ -2,6 +2,7 @@ package service
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"math"
 	"math/rand/v2"
@@ -19,6 +20,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/host"
 	"github.com/twilight-sidecar/twilight/internal/fdsock"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // everything is a config under which attention is exact and all of the pipeline's stages run.
@@ -415,7 +417,12 @@ func FuzzLeaseRequest(f *testing.F) {
 	f.Add(fuzzInput(f, registerRegion(1, 1, fuzzToken(0)), registerCache(1), replaced, layer(1), request(&twilightv1.ReleaseCache{CacheId: 1})))
 	f.Add(fuzzInput(f, &twilightv1.LeaseRequest{}, request(&twilightv1.CancelStep{}), request(&twilightv1.ReleaseRegion{RegionId: 1})))
 	f.Add([]byte{1})
-	d := startHost(f, Config{})
+	watching, err := telemetry.Start(f.Context(), telemetry.Options{})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { _ = watching.Shutdown(context.Background()) })
+	d := startHost(f, Config{Telemetry: watching})
 	memory := share(f)
 	ctx := peer.NewContext(f.Context(), &peer.Peer{AuthInfo: unixPeer{uid: uint32(os.Geteuid())}})
 	f.Fuzz(func(t *testing.T, input []byte) {
