@@ -38,6 +38,7 @@ func (s *Server) interceptors() (unary, stream grpc.ServerOption) {
 		return s.panicked(ctx, s.logger, p)
 	})
 	unary = grpc.ChainUnaryInterceptor(
+		selector.UnaryServerInterceptor(s.unaryTelemetry, watched),
 		selector.UnaryServerInterceptor(logging.UnaryServerInterceptor(log, finished), watched),
 		s.unaryStatus,
 		selector.UnaryServerInterceptor(auth.UnaryServerInterceptor(s.authorize), watched),

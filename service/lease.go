@@ -53,6 +53,7 @@ type lease struct {
 	result  gpu.LayerResult
 	// warnings are those of audits.
 	warnings *rate.Sometimes
+	told     telemetry.Step // the step that is served
 }
 
 // arrival is a request and when it was received.

@@ -107,7 +107,7 @@ func New(config Config) (*Server, error) {
 	s.setHealth(healthpb.HealthCheckResponse_NOT_SERVING)
 
 	unary, stream := s.interceptors()
-	s.grpc = grpc.NewServer(append(s.instrumented(),
+	s.grpc = grpc.NewServer(
 		grpc.Creds(newPeerCredentials(&config)),
 		unary, stream,
 		grpc.MaxRecvMsgSize(hardLimitFactor*int(config.Limits.MessageBytes)),
@@ -117,7 +117,7 @@ func New(config Config) (*Server, error) {
 		grpc.KeepaliveParams(config.keepalive),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.WaitForHandlers(true), // memory is released behind running handlers, not under them
-	)...)
+	)
 	twilightv1.RegisterTwilightServiceServer(s.grpc, s)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)

@@ -2,13 +2,17 @@ package service
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
-	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel/propagation"
+	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/grpc"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/stats"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/kv"
@@ -17,23 +21,35 @@ import (
 	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
-// instrumented makes spans and metrics of unary calls. A lease's stream lasts for hours: its steps have
-// spans instead.
-func (s *Server) instrumented() []grpc.ServerOption {
-	t := s.config.Telemetry
-	if t == nil {
-		return nil
+// unaryTelemetry makes spans and metrics of unary calls.
+func (s *Server) unaryTelemetry(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	received, _ := metadata.FromIncomingContext(ctx)
+	ctx, end := s.config.Telemetry.BeginCall(ctx, strings.TrimPrefix(info.FullMethod, "/"), headers(received))
+	resp, err := next(ctx, req)
+	status := status.Code(err)
+	switch status {
+	case codes.Unknown, codes.DeadlineExceeded, codes.Unimplemented, codes.Internal, codes.Unavailable, codes.DataLoss:
+		end(code.Code(status).String(), true)
+	default:
+		end(code.Code(status).String(), false)
 	}
-	return []grpc.ServerOption{grpc.StatsHandler(otelgrpc.NewServerHandler(
-		otelgrpc.WithTracerProvider(t.TracerProvider()),
-		otelgrpc.WithMeterProvider(t.MeterProvider()),
-		otelgrpc.WithPropagators(telemetry.Propagator()),
-		otelgrpc.WithFilter(func(info *stats.RPCTagInfo) bool {
-			return info.FullMethodName != twilightv1.TwilightService_Lease_FullMethodName &&
-				!strings.HasPrefix(info.FullMethodName, "/"+healthpb.Health_ServiceDesc.ServiceName+"/")
-		}),
-	))}
+	return resp, err
 }
+
+// headers carries the trace context of a call.
+type headers metadata.MD
+
+var _ propagation.TextMapCarrier = headers(nil)
+
+func (h headers) Get(key string) string {
+	if values := metadata.MD(h).Get(key); len(values) > 0 {
+		return values[0]
+	}
+	return ""
+}
+
+func (h headers) Set(key, value string) { metadata.MD(h).Set(key, value) }
+func (h headers) Keys() []string        { return slices.Collect(maps.Keys(h)) }
 
 // newTelemetry tells of a lease that is opened.
 func (s *Server) newTelemetry(ctx context.Context, id uint64, engine string, info *gpu.Info, g *kv.Geometry, c *pipeline.Config) *telemetry.Lease {
@@ -68,11 +84,12 @@ func requestKind(req *twilightv1.LeaseRequest) telemetry.Request {
 func (l *lease) begin(ctx context.Context, req *twilightv1.LeaseRequest, received time.Time) context.Context {
 	switch r := req.GetRequest().(type) {
 	case *twilightv1.LeaseRequest_Step:
-		return l.telemetry.BeginStep(ctx, received, &telemetry.Step{
+		l.told = telemetry.Step{
 			Cache: r.Step.GetCacheId(), ID: r.Step.GetStepId(), IndexOnly: r.Step.GetIndexOnly(),
 			Sequences: r.Step.GetSequences(), Lengths: r.Step.GetLengths(), FirstValid: r.Step.GetFirstValid(),
 			TraceParent: r.Step.GetTraceparent(), TraceState: r.Step.GetTracestate(),
-		})
+		}
+		return l.telemetry.BeginStep(ctx, received, &l.told)
 	case *twilightv1.LeaseRequest_Layer:
 		return l.telemetry.BeginLayer(ctx, received, r.Layer.GetCacheId(), int(r.Layer.GetLayer()))
 	}

@@ -14,6 +14,7 @@ import (
 	metricspb "go.opentelemetry.io/proto/otlp/metrics/v1"
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/twilight-sidecar/twilight/internal/otlptest"
@@ -386,4 +387,32 @@ func TestAudit(t *testing.T) {
 	if log := d.log.String(); strings.Count(log, "audit: too little attention is kept") != 1 || !strings.Contains(log, `"heads_below":2`) {
 		t.Errorf("log %s", log)
 	}
+}
+
+// Unary calls have spans in their caller's trace, and what they are refused for is theirs.
+func TestTraceOfCalls(t *testing.T) {
+	c := otlptest.Start(t, nil)
+	d := startHost(t, Config{Telemetry: told(t, c)})
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "traceparent", sampledParent)
+	refused := openRequest()
+	refused.Device = "none"
+	if _, err := d.client.OpenLease(ctx, refused); status.Code(err) != codes.NotFound {
+		t.Fatal(err)
+	}
+	if _, err := d.client.GetCapabilities(ctx, &twilightv1.GetCapabilitiesRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	c.Wait(t, "the spans", func() bool { return len(c.Spans()) == 2 })
+	for method, want := range map[string]string{"OpenLease": "NOT_FOUND", "GetCapabilities": "OK"} {
+		method = "twilight.v1.TwilightService/" + method
+		spans := spansNamed(c, method)
+		if len(spans) != 1 || hex.EncodeToString(spans[0].GetParentSpanId()) != engineSpan || attr(spans[0], "rpc.response.status_code") != want ||
+			attr(spans[0], "rpc.system.name") != "grpc" || attr(spans[0], "rpc.method") != method || spans[0].GetStatus().GetCode() != tracepb.Status_STATUS_CODE_UNSET {
+			t.Errorf("%s: %v", method, spans)
+		}
+	}
+	c.Wait(t, "the metric", func() bool {
+		m := c.Metric("rpc.server.call.duration")
+		return m.GetUnit() == "s" && len(m.GetHistogram().GetDataPoints()) == 2
+	})
 }

@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"slices"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -18,13 +19,16 @@ var (
 	}
 )
 
-// histogram counts values by bucket, without allocation. Its owner guards it.
+// maxBuckets is one more than the longest bounds.
+const maxBuckets = 19
+
+// histogram counts values by bucket, without allocation but for the first exemplar. Its owner guards it.
 type histogram struct {
 	bounds    []float64
-	counts    []uint64 // one more than bounds
-	exemplars []exemplar
+	exemplars *[maxBuckets]exemplar // nil until there is one
 	sum       float64
 	count     uint64
+	counts    [maxBuckets]uint64 // here, not elsewhere: a layer finds its histograms out of the cache
 }
 
 // exemplar is the last value of a bucket that was seen in a sampled span.
@@ -36,8 +40,7 @@ type exemplar struct {
 }
 
 func newHistogram(bounds []float64) histogram {
-	buckets := len(bounds) + 1
-	return histogram{bounds: bounds, counts: make([]uint64, buckets), exemplars: make([]exemplar, buckets)}
+	return histogram{bounds: bounds}
 }
 
 // moment is when, and in which sampled span if any, values are seen.
@@ -55,6 +58,9 @@ func (h *histogram) add(value float64, m *moment) {
 	h.count++
 	h.sum += value
 	if m.span.IsSampled() {
+		if h.exemplars == nil {
+			h.exemplars = new([maxBuckets]exemplar)
+		}
 		h.exemplars[i] = exemplar{m.at, value, m.span.TraceID(), m.span.SpanID()}
 	}
 }
@@ -63,7 +69,10 @@ func (h *histogram) add(value float64, m *moment) {
 func (h *histogram) point(start, now time.Time, set attribute.Set) metricdata.HistogramDataPoint[float64] {
 	p := metricdata.HistogramDataPoint[float64]{
 		Attributes: set, StartTime: start, Time: now,
-		Count: h.count, Sum: h.sum, Bounds: h.bounds, BucketCounts: append([]uint64(nil), h.counts...),
+		Count: h.count, Sum: h.sum, Bounds: h.bounds, BucketCounts: slices.Clone(h.counts[:len(h.bounds)+1]),
+	}
+	if h.exemplars == nil {
+		return p
 	}
 	for _, e := range h.exemplars {
 		if !e.at.IsZero() {

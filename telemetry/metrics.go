@@ -56,6 +56,7 @@ type metrics struct {
 	wait     histogram
 	steps    [phases]histogram
 	errors   map[errorKey]uint64
+	calls    map[callKey]*histogram
 	indexed  [phases]indexCounts
 
 	active, leases, opened, regions, caches, lent, shadow atomic.Int64
@@ -81,6 +82,7 @@ func newMetrics() *metrics {
 		series: make(map[seriesKey]*series),
 		wait:   newHistogram(secondsBounds),
 		errors: make(map[errorKey]uint64),
+		calls:  make(map[callKey]*histogram),
 	}
 	for i := range m.requests {
 		m.requests[i] = newHistogram(secondsBounds)
@@ -199,6 +201,7 @@ func (m *metrics) pageRequests(p *page) {
 	for i := range m.requests {
 		p.histogram(metricRequest, &m.requests[i], attribute.String(attrRequest, Request(i).String()))
 	}
+	m.pageCalls(p)
 	p.histogram(metricQueue, &m.wait)
 	for i := range m.steps {
 		p.histogram(metricStep, &m.steps[i], attribute.String(attrPhase, phaseNames[i]))

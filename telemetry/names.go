@@ -125,6 +125,10 @@ var (
 	metricShadow   = metric{"twilight.memory.shadow", "By", "Memory that shadows take"}
 	metricDraining = metric{"twilight.draining", "", "1 once the daemon takes no more leases and steps"}
 
+	// Semantic conventions, of unary calls: by rpc.system.name, rpc.method and rpc.response.status_code.
+	// Their spans have the same attributes and are named by the method.
+	metricCall = metric{"rpc.server.call.duration", "s", "Time of a unary call"}
+
 	// Semantic conventions, by attrPart; with attrError, what was lost. The SDK's own are experimental
 	// and do not count all of it.
 	metricSpans    = metric{"otel.sdk.processor.span.processed", "{span}", "Sampled spans that ended; with an error those dropped since the exporter was behind"}

@@ -26,7 +26,11 @@ func (l *Lease) attributes() []attribute.KeyValue {
 
 // startStep starts a step's span. What it says is put together only if somebody will read it.
 func (l *Lease) startStep(ctx context.Context, s *Step) (context.Context, trace.Span) {
-	ctx, span := l.t.tracer.Start(propagator.Extract(ctx, (*carrier)(s)), spanStep,
+	ctx = propagator.Extract(ctx, (*carrier)(s))
+	if parent := trace.SpanFromContext(ctx); l.t.followsParent && parent.SpanContext().IsValid() && !parent.SpanContext().IsSampled() {
+		return ctx, parent // what the SDK would decide, with less ado
+	}
+	ctx, span := l.t.tracer.Start(ctx, spanStep,
 		trace.WithTimestamp(l.call.received), trace.WithSpanKind(trace.SpanKindServer))
 	if !span.IsRecording() {
 		return ctx, span

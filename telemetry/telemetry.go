@@ -16,8 +16,6 @@ import (
 	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetricgrpc"
 	"go.opentelemetry.io/otel/exporters/otlp/otlpmetric/otlpmetrichttp"
 	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
-	otelmetric "go.opentelemetry.io/otel/metric"
-	"go.opentelemetry.io/otel/propagation"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
@@ -48,14 +46,15 @@ type Options struct {
 // Telemetry is where all that is worth telling of a daemon comes together. It is safe for concurrent
 // use.
 type Telemetry struct {
-	options  Options
-	metrics  *metrics
-	tracer   trace.Tracer
-	tracers  trace.TracerProvider
-	meters   otelmetric.MeterProvider
-	registry *prometheus.Registry
-	stop     []func(context.Context) error // in the order to be called
-	start    time.Time
+	options Options
+	metrics *metrics
+	tracer  trace.Tracer
+	tracers trace.TracerProvider
+	// followsParent tells that no step is sampled whose parent is not.
+	followsParent bool
+	registry      *prometheus.Registry
+	stop          []func(context.Context) error // in the order to be called
+	start         time.Time
 
 	mu     sync.Mutex
 	leases map[*Lease]struct{}
@@ -128,7 +127,9 @@ func (t *Telemetry) startTraces(ctx context.Context, res *resource.Resource) err
 		sdktrace.WithResource(res),
 		sdktrace.WithSpanProcessor(newSpanQueue(spans, t.metrics, t.complainer("spans"))),
 	}
-	if os.Getenv("OTEL_TRACES_SAMPLER") == "" {
+	sampler := strings.ToLower(strings.TrimSpace(os.Getenv("OTEL_TRACES_SAMPLER")))
+	t.followsParent = sampler == "" || strings.HasPrefix(sampler, "parentbased_")
+	if sampler == "" {
 		options = append(options, sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(rootShare))))
 	}
 	provider := sdktrace.NewTracerProvider(options...)
@@ -157,7 +158,6 @@ func (t *Telemetry) startMetrics(ctx context.Context, res *resource.Resource) er
 		return fmt.Errorf("OTEL_METRICS_EXPORTER is %q: use otlp, or prometheus or none to have metrics scraped only", name)
 	}
 	provider := sdkmetric.NewMeterProvider(options...)
-	t.meters = provider
 	t.stop = append(t.stop, provider.Shutdown)
 	return runtime.Start(runtime.WithMeterProvider(provider))
 }
@@ -193,14 +193,8 @@ func (t *Telemetry) complainer(what string) func(error) {
 	}
 }
 
-// Propagator reads and writes W3C trace contexts.
-func Propagator() propagation.TextMapPropagator { return propagator }
-
-// TracerProvider and MeterProvider serve instrumentation of other libraries.
+// TracerProvider makes the tracers of others, whose spans take the same way.
 func (t *Telemetry) TracerProvider() trace.TracerProvider { return t.tracers }
-
-// MeterProvider is documented at TracerProvider.
-func (t *Telemetry) MeterProvider() otelmetric.MeterProvider { return t.meters }
 
 // Draining tells that no more leases and steps are taken. A nil Telemetry does not hear it.
 func (t *Telemetry) Draining() {
