@@ -18,7 +18,7 @@ BENCH_PACKAGES ?= ./...
 FUZZTIME ?= 10000x
 FUZZ ?= Fuzz
 # Where goroutines meet.
-RACE_PACKAGES ?= $(patsubst %,./%/...,$(wildcard service client gpu internal))
+RACE_PACKAGES ?= $(patsubst %,./%/...,$(wildcard service client gpu internal telemetry))
 # The commit whose clients must go on working; empty: see breaking.
 BREAKING_AGAINST ?=
 

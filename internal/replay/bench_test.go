@@ -2,6 +2,7 @@ package replay
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -19,8 +20,15 @@ import (
 // the ratios of a daemon whose engine samples nothing, and of one that samples 1% of all steps and sends
 // them to a collector, to a daemon without telemetry; and of another without, which tells how far daemons
 // differ by chance. They take turns in one run. Times are means of the fastest 9 of 10 steps, which nothing
-// else on the machine disturbed; of sampled steps likewise.
+// else on the machine disturbed; of sampled steps likewise. A message costs telemetry some microseconds,
+// whatever its batch: a step of one sequence is the worst case.
 func BenchmarkTelemetry(b *testing.B) {
+	for _, sequences := range []int{1, 8} {
+		b.Run(fmt.Sprintf("sequences=%d", sequences), func(b *testing.B) { benchmarkTelemetry(b, sequences) })
+	}
+}
+
+func benchmarkTelemetry(b *testing.B, sequences int) {
 	loaded, err := capture.Decode(testdata.SmolLM2)
 	if err != nil {
 		b.Fatal(err)
@@ -40,7 +48,10 @@ func BenchmarkTelemetry(b *testing.B) {
 		sampled    = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 		notSampled = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 	)
-	engines := []*engine{decoding(b, loaded, nil), decoding(b, loaded, told()), decoding(b, loaded, told()), decoding(b, loaded, nil)}
+	engines := []*decoder{
+		decoding(b, loaded, sequences, nil), decoding(b, loaded, sequences, told()),
+		decoding(b, loaded, sequences, told()), decoding(b, loaded, sequences, nil),
+	}
 	times := make([][]time.Duration, len(engines)+1) // of the engines, and of sampled steps
 	for round := 0; b.Loop(); round++ {
 		for _, i := range rand.Perm(len(engines)) {
@@ -49,7 +60,7 @@ func BenchmarkTelemetry(b *testing.B) {
 				parent, to = sampled, len(engines)
 			}
 			start := time.Now()
-			engines[i].decodeOnce(b, parent)
+			engines[i].step(b, parent)
 			times[to] = append(times[to], time.Since(start))
 		}
 	}
@@ -73,15 +84,23 @@ func BenchmarkTelemetry(b *testing.B) {
 	}
 }
 
-// decoding is an engine after its prefill, on a daemon of its own.
-func decoding(b *testing.B, loaded *capture.Capture, told *telemetry.Telemetry) *engine {
+// decoder is an engine that decodes the capture's first step over and over, for some sequences that share
+// its pages.
+type decoder struct {
+	*engine
+	batch   client.Batch
+	queries []byte
+}
+
+// decoding is a decoder after its prefill, on a daemon of its own.
+func decoding(b *testing.B, loaded *capture.Capture, sequences int, told *telemetry.Telemetry) *decoder {
 	b.Helper()
-	d, err := inprocess.Start(b.Context(), inprocess.Options{Telemetry: told, DrainGrace: time.Millisecond})
+	daemon, err := inprocess.Start(b.Context(), inprocess.Options{Telemetry: told, DrainGrace: time.Millisecond})
 	if err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { _ = d.Stop(context.Background()) })
-	conn, err := client.Dial(d.Target())
+	b.Cleanup(func() { _ = daemon.Stop(context.Background()) })
+	conn, err := client.Dial(daemon.Target())
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -94,23 +113,28 @@ func decoding(b *testing.B, loaded *capture.Capture, told *telemetry.Telemetry) 
 	}
 	b.Cleanup(func() { e.session.Close() })
 	e.write(0, loaded.N+1)
-	if _, err := e.cache.Step(b.Context(), e.batch(loaded.N+1, true)); err != nil {
+	d := &decoder{engine: e, batch: client.Batch{IndexOnly: true}}
+	g := e.session.Geometry()
+	for id := range uint64(sequences) {
+		d.batch.Sequences = append(d.batch.Sequences, client.Sequence{ID: id + 1, Len: loaded.N + 1, Table: e.table})
+		d.queries = g.EncodeQuery(d.queries, loaded.Layers[0].Q[:loaded.QueryHeads*loaded.KDim])
+	}
+	if _, err := e.cache.Step(b.Context(), d.batch); err != nil {
 		b.Fatal(err)
 	}
-	return e
+	d.batch.IndexOnly = false
+	return d
 }
 
-// decodeOnce decodes the capture's first step once more.
-func (e *engine) decodeOnce(b *testing.B, parent string) {
+func (d *decoder) step(b *testing.B, parent string) {
 	b.Helper()
-	batch := e.batch(e.Capture.N+1, false)
-	batch.Trace.Parent = parent
-	step, err := e.cache.Step(b.Context(), batch)
+	d.batch.Trace.Parent = parent
+	step, err := d.cache.Step(b.Context(), d.batch)
 	if err != nil {
 		b.Fatal(err)
 	}
-	for layer := range e.Capture.Layers {
-		if _, err := e.layer(b.Context(), step, 0, layer); err != nil {
+	for i := range d.Capture.Layers {
+		if _, err := step.Layer(b.Context(), client.Layer{Layer: d.Capture.Layers[i].Index, Query: d.queries}); err != nil {
 			b.Fatal(err)
 		}
 	}
