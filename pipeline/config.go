@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"math"
 
+	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/registry"
 	"github.com/twilight-sidecar/twilight/pruner"
@@ -15,7 +16,7 @@ import (
 // made by Methods.Parse, marshals to JSON with every key and its value, and is not to be changed once
 // used.
 type Config struct {
-	Compressor Stage[Compressor]             `json:"compressor"`
+	Compressor Stage[compressor.Config]      `json:"compressor"`
 	Selector   Stage[selector.Config]        `json:"selector"`
 	Estimator  Stage[pruner.EstimatorConfig] `json:"weight_estimator"`
 	Pruner     Stage[pruner.Config]          `json:"weight_pruner"`
@@ -67,12 +68,9 @@ type Stage[C interface{ Validate() error }] struct {
 	Config C
 }
 
-// Compressor is the configuration of a method that shrinks the cache after the prefill.
-type Compressor interface{ Validate() error }
-
 // Methods are what a config can choose from.
 type Methods struct {
-	Compressors *registry.Registry[Compressor]
+	Compressors *registry.Registry[compressor.Config]
 	Selectors   *registry.Registry[selector.Config]
 	Estimators  *registry.Registry[pruner.EstimatorConfig]
 	Pruners     *registry.Registry[pruner.Config]

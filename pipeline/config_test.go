@@ -146,7 +146,7 @@ func TestParseRefuses(t *testing.T) {
 		"unknown selector":    {`{"selector": {"type": "seer", "r": 64}}`, "selector.type", `selector type "seer" is not available; available: `, fault.Unsupported},
 		"unknown estimator":   {`{"weight_estimator": {"type": "h_threshold"}}`, "weight_estimator.type", `available: max_quant, min_max_quant, none`, fault.Unsupported},
 		"unknown pruner":      {`{"weight_pruner": {"type": "h_threshold"}}`, "weight_pruner.type", `available: none, threshold, top_p`, fault.Unsupported},
-		"snap_kv":             {`{"compressor": {"type": "snap_kv", "window_size": 64}}`, "compressor.type", `compressor type "snap_kv" is not available; available: none`, fault.Unsupported},
+		"unknown compressor":  {`{"compressor": {"type": "squeeze"}}`, "compressor.type", `compressor type "squeeze" is not available; available: none, snap_kv`, fault.Unsupported},
 		"string for a number": {`{"weight_pruner": {"type": "top_p", "threshold": "0.9"}}`, "weight_pruner.threshold", "expected a number", fault.Invalid},
 		"fraction":            {`{"selector": {"type": "quest", "token_budget": 10.5}}`, "selector.token_budget", "expected an integer", fault.Invalid},
 		"beyond int64":        {`{"dense_below": 99999999999999999999}`, "dense_below", "expected an integer", fault.Invalid},

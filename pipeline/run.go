@@ -8,6 +8,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/attention"
+	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pruner"
@@ -16,11 +17,13 @@ import (
 
 // Pipeline runs rows of one geometry by one config. It is safe for concurrent use.
 type Pipeline struct {
-	config    Config
-	geometry  kv.Geometry
-	selector  selector.Selector
-	estimator pruner.Estimator
-	pruner    pruner.Pruner
+	config     Config
+	geometry   kv.Geometry
+	compressor compressor.Compressor // nil for none
+	selector   selector.Selector
+	estimator  pruner.Estimator
+	pruner     pruner.Pruner
+	scores     bool // the selector looks at those of a State
 }
 
 // New makes a pipeline. A config out of range is a *fault.Error.
@@ -28,13 +31,16 @@ func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Pipeline{
-		config:    *cfg,
-		geometry:  *g,
-		selector:  cfg.Selector.Config.New(),
-		estimator: cfg.Estimator.Config.New(),
-		pruner:    cfg.Pruner.Config.New(),
-	}, nil
+	p := &Pipeline{
+		config:     *cfg,
+		geometry:   *g,
+		compressor: cfg.Compressor.Config.New(),
+		selector:   cfg.Selector.Config.New(),
+		estimator:  cfg.Estimator.Config.New(),
+		pruner:     cfg.Pruner.Config.New(),
+	}
+	p.scores = selector.NeedsOf(p.selector).Scores
+	return p, nil
 }
 
 // Shadows returns what the selector and the estimator keep of the keys; either may be nil.
@@ -58,6 +64,8 @@ func (p *Pipeline) skips(layer int) bool { return p.config.SkipFirstTwoLayers &&
 // Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
 // goroutine and one Pipeline.
 type Scratch struct {
+	compressor compressor.Row
+	windows    matrix // scaled queries of a prompt's end, [G][window*KDim]
 	selector   selector.Row
 	estimator  pruner.Row
 	pruner     pruner.Candidates
@@ -93,6 +101,7 @@ func (m *matrix) shape(rows, columns int) [][]float32 {
 func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	p.prepare(s, row, res)
 	res.Path, res.Reason = Sparse, 0
+	p.open(row)
 	if reason := p.denseReason(row); reason != 0 {
 		p.dense(s, row, res, reason)
 		return
@@ -104,6 +113,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	}
 	for from := 0; from < heads; from += step {
 		if !p.sparse(s, row, res, from, from+step) {
+			p.gainNothing(row)
 			p.dense(s, row, res, NotFinite)
 			return
 		}
@@ -114,7 +124,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 func (p *Pipeline) denseReason(row *Row) Reason {
 	c := &p.config
 	switch {
-	case c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
+	case c.Compressor.Type == none && c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
 		return Configured
 	case p.skips(row.Layer):
 		return SkippedLayer
@@ -127,10 +137,7 @@ func (p *Pipeline) denseReason(row *Row) Reason {
 // prepare sizes the result and tells the stages about the row.
 func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	g := &p.geometry
-	heads, lists := g.Group(), 1
-	if p.config.Group == PerQueryHead {
-		lists = heads
-	}
+	heads, lists := g.Group(), p.lists()
 	res.lists = slices.Grow(res.lists[:0], lists)[:lists]
 	res.Kept = slices.Grow(res.Kept[:0], lists)[:lists]
 	res.Candidates = slices.Grow(res.Candidates[:0], lists)[:lists]
@@ -183,19 +190,35 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	start := time.Now()
 	queries := s.scaled.rows[from:to]
 	s.selector.Queries, s.estimator.Queries = queries, queries
+	list := from / len(queries)
+	if row.Carry != nil {
+		s.selector.Carry = &row.Carry[list]
+	}
+	if p.scores {
+		s.selector.Scores = row.State.lists[list].scores[:row.Len]
+	}
 	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	if p.compressor != nil {
+		selected := len(s.candidates)
+		s.candidates = row.State.within(s.candidates, list, row.Len)
+		if len(s.candidates) < selected {
+			s.selector.Bounds = s.selector.Bounds[:0] // they are of whole chunks
+		}
+	}
 	selected := time.Now()
 	res.Timing.Select += selected.Sub(start)
 
 	if !p.estimate(s, row, len(queries)) {
 		return false
 	}
-	list := from / len(queries)
 	coverage := res.Coverage[from:to]
 	for h := range queries {
 		coverage[h] = p.prune(s, row, h)
 	}
 	res.lists[list] = s.list(res.lists[list][:0], res.Mass[from:to], coverage)
+	if p.scores {
+		row.State.lists[list].gain(res.lists[list], s.kept, s.weights.rows)
+	}
 	res.Candidates[list], res.Kept[list] = len(s.candidates), len(res.lists[list])
 	pruned := time.Now()
 	res.Timing.Prune += pruned.Sub(selected)

@@ -14,14 +14,22 @@ import (
 func (e *engine) check(rows []seq, results []*gpu.LayerResult) {
 	e.t.Helper()
 	for i, result := range results {
-		queries, lists := e.queries(i, rows), listsOf(result)
-		perRow := len(lists) / (len(rows) * e.geometry.KVHeads) // lists of a (sequence, KV head)
-		for r := 0; r < len(lists); r += perRow {
-			b, h := r/perRow/e.geometry.KVHeads, r/perRow%e.geometry.KVHeads
-			e.checkLists(i, rows, b, h, queries, result, lists[r:r+perRow], r)
-		}
-		e.checkOutputs(i, rows, result)
+		e.checkLayer(i, rows, result)
 	}
+}
+
+// checkLayer is check for one layer. Void rows are passed over.
+func (e *engine) checkLayer(layer int, rows []seq, result *gpu.LayerResult) {
+	e.t.Helper()
+	queries, lists := e.queries(layer, rows), listsOf(result)
+	perRow := len(lists) / (len(rows) * e.geometry.KVHeads) // lists of a (sequence, KV head)
+	for r := 0; r < len(lists); r += perRow {
+		b, h := r/perRow/e.geometry.KVHeads, r/perRow%e.geometry.KVHeads
+		if rows[b].length > 0 {
+			e.checkLists(layer, rows, b, h, queries, result, lists[r:r+perRow], r)
+		}
+	}
+	e.checkOutputs(layer, rows, result)
 }
 
 // checkOutputs holds a layer's outputs against attention over its lists, plainly.
@@ -31,6 +39,9 @@ func (e *engine) checkOutputs(layer int, rows []seq, result *gpu.LayerResult) {
 	sharing := len(rows) * g.QueryHeads / len(lists) // query heads of a list
 	for q := range len(rows) * g.QueryHeads {
 		b, head := q/g.QueryHeads, q%g.QueryHeads
+		if rows[b].length == 0 {
+			continue
+		}
 		want := e.attend(layer, rows[b], head, queries[q*g.KDim:][:g.KDim], lists[q/sharing])
 		got := make([]float32, g.VDim)
 		g.Output.Decode(got, result.Output[q*g.VDim*g.Output.Size():])
@@ -122,6 +133,13 @@ func (e *engine) reference(layer int, rows []seq, b, h int, queries []float32) *
 		First:   row.first, Len: row.length,
 		SelectorRecords:  e.records(selector, layer, rows, b, h),
 		EstimatorRecords: e.records(estimator, layer, rows, b, h),
+	}
+	if needs := p.Needs(); needs.Carry || needs.State {
+		lists := 1
+		if e.suite.parse(e.t, e.config).Group == pipeline.PerQueryHead {
+			lists = g.Group()
+		}
+		r.Carry, r.State, r.Step = e.past.carry(b, h, lists), e.past.state(row.sequence, layer, h), e.past.step
 	}
 	result := &pipeline.Result{}
 	p.Run(&pipeline.Scratch{}, r, result)

@@ -25,6 +25,7 @@ type call struct {
 	rows    []kv.SeqRow
 
 	query, output tensor
+	observed      observed
 	lists, counts extent // a list buffer's
 	listData      []byte // nil without
 	countData     []byte
@@ -56,6 +57,7 @@ func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gp
 	defer func() { *a = call{queries: a.queries, results: a.results} }() // nothing of the caller's is kept
 	if err := c.run(ctx, a); err != nil {
 		return c.lease.explain(err, a.query.extent, a.output.extent, a.lists, a.counts,
+			a.observed.extents[0], a.observed.extents[1],
 			c.layers[i].extents[0], c.layers[i].extents[1])
 	}
 	answer.Timing.Wall = time.Since(start)
@@ -78,11 +80,24 @@ func (c *cache) run(ctx context.Context, a *call) error {
 			return err
 		}
 	}
+	if err := c.prepareObservation(a); err != nil {
+		return err
+	}
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows), c.windowTask); err != nil {
+			return err
+		}
+	}
 	busy, err := c.indexLayer(ctx, a.layer, &a.answer.Index)
 	if err != nil {
 		return err
 	}
 	a.answer.Timing.Index = busy
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows)*c.lease.geometry.KVHeads, c.observeTask); err != nil {
+			return err
+		}
+	}
 	if a.request.Query == nil {
 		return nil
 	}
@@ -215,16 +230,12 @@ func (c *cache) attend(worker, task int) error {
 		return nil
 	}
 
-	layer, group := &c.layers[a.layer], g.Group()
-	s.row = pipeline.Row{
-		Layer: layer.model, KVHead: head,
-		Queries: a.queries[(b*g.QueryHeads+head*group)*g.KDim:][:group*g.KDim],
-		Keys:    layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
-		First: seq.First, Len: seq.Len,
-		SelectorRecords:  c.selector.records(&s.selector, a.layer, head, seq.Chunks),
-		EstimatorRecords: c.estimator.records(&s.estimator, a.layer, head, seq.Chunks),
-		ListsOnly:        a.request.ListsOnly,
-	}
+	group := g.Group()
+	c.setRow(s, task)
+	s.row.Queries = a.queries[task*group*g.KDim:][:group*g.KDim]
+	s.row.SelectorRecords = c.selector.records(&s.selector, a.layer, head, seq.Chunks)
+	s.row.EstimatorRecords = c.estimator.records(&s.estimator, a.layer, head, seq.Chunks)
+	s.row.ListsOnly = a.request.ListsOnly
 	if len(a.request.P) > 0 {
 		s.row.P = a.request.P[b]
 	}
@@ -249,6 +260,24 @@ func (c *cache) attend(worker, task int) error {
 		}
 	}
 	return nil
+}
+
+// setRow sets s.row to what a task's row has with or without a query.
+func (c *cache) setRow(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	seq, layer := &a.rows[b], &c.layers[a.layer]
+	s.row = pipeline.Row{
+		Layer: layer.model, KVHead: head,
+		Keys: layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
+		First: seq.First, Len: seq.Len,
+	}
+	if c.lease.needs.Carry {
+		s.row.Carry = c.carries[task*c.lease.lists:][:c.lease.lists]
+	}
+	if c.lease.needs.State {
+		s.row.State, s.row.Step = c.states.at(b, a.layer, head, g.KVHeads), c.states.step
+	}
 }
 
 // void is attend for a sequence of length 0.

@@ -44,6 +44,7 @@ type engine struct {
 	cache         *client.Cache
 	kv            *client.Buffer
 	query, output *client.Buffer
+	prefill       *client.Buffer // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
 }
@@ -114,6 +115,9 @@ func (e *engine) lend(ctx context.Context) error {
 		return err
 	}
 	if e.output, err = e.session.NewBuffer(ctx, c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+		return err
+	}
+	if err := e.lendPrefill(ctx); err != nil {
 		return err
 	}
 	spec := client.CacheSpec{
@@ -220,12 +224,17 @@ func (e *engine) layer(ctx context.Context, step *client.Step, s, layer int) (*c
 	c, g := e.Capture, e.session.Geometry()
 	g.EncodeQuery(e.query.Bytes()[:0], c.Layers[layer].Q[s*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
 	clear(e.output.Bytes())
+	var observation *client.Observation
+	if s == 0 {
+		observation = e.observe(layer)
+	}
 	start := time.Now()
 	result, err := step.Layer(ctx, client.Layer{
-		Layer:   c.Layers[layer].Index,
-		QueryAt: &client.Tensor{Location: client.Location{Buffer: e.query}},
-		Output:  &client.Tensor{Location: client.Location{Buffer: e.output}},
-		Lists:   true,
+		Layer:       c.Layers[layer].Index,
+		QueryAt:     &client.Tensor{Location: client.Location{Buffer: e.query}},
+		Output:      &client.Tensor{Location: client.Location{Buffer: e.output}},
+		Lists:       true,
+		Observation: observation,
 	})
 	e.facts.Decode += time.Since(start)
 	return result, err

@@ -1,0 +1,29 @@
+package selector
+
+// Stateful is a Selector that builds on what came before. The device keeps what it needs, hands it over
+// in the Row, and counts its bytes with the shadow's.
+type Stateful interface {
+	Selector
+	Needs() Needs
+}
+
+// Needs is what of the past a selector wants to see. Its zero value is that of all other selectors.
+type Needs struct {
+	Carry  bool // Row.Carry
+	Scores bool // Row.Scores
+}
+
+// NeedsOf returns what a selector needs.
+func NeedsOf(s Selector) Needs {
+	if stateful, ok := s.(Stateful); ok {
+		return stateful.Needs()
+	}
+	return Needs{}
+}
+
+// Carry is a list that layers of one step leave to later ones. A step begins with it empty, however the
+// last one ended.
+type Carry struct {
+	Layer int     // the model's index of the layer that left the list
+	List  []int32 // ascending positions; empty: none was left yet
+}
