@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"math"
+	"slices"
 
 	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
@@ -63,10 +64,7 @@ const (
 )
 
 // Stage is a method that a config chose.
-type Stage[C interface{ Validate() error }] struct {
-	Type   string // the method's name, aliases resolved
-	Config C
-}
+type Stage[C any] = registry.Stage[C]
 
 // Methods are what a config can choose from.
 type Methods struct {
@@ -107,13 +105,13 @@ func (m *Methods) Parse(data []byte) (*Config, error) {
 		POver:              OverCandidates,
 	}
 	stages := map[string]func(json.RawMessage) error{
-		"compressor":       func(data json.RawMessage) error { return c.Compressor.parse(data, m.Compressors) },
-		"selector":         func(data json.RawMessage) error { return c.Selector.parse(data, m.Selectors) },
-		"weight_estimator": func(data json.RawMessage) error { return c.Estimator.parse(data, m.Estimators) },
-		"weight_pruner":    func(data json.RawMessage) error { return c.Pruner.parse(data, m.Pruners) },
+		"compressor":       func(data json.RawMessage) error { return parse(&c.Compressor, data, m.Compressors) },
+		"selector":         func(data json.RawMessage) error { return parse(&c.Selector, data, m.Selectors) },
+		"weight_estimator": func(data json.RawMessage) error { return parse(&c.Estimator, data, m.Estimators) },
+		"weight_pruner":    func(data json.RawMessage) error { return parse(&c.Pruner, data, m.Pruners) },
 	}
-	for key, parse := range stages {
-		if err := parse(json.RawMessage(`{"type": "` + none + `"}`)); err != nil {
+	for key, stage := range stages {
+		if err := stage(json.RawMessage(`{"type": "` + none + `"}`)); err != nil {
 			return nil, fault.In(key, err)
 		}
 	}
@@ -154,7 +152,8 @@ func (c *Config) Validate() error {
 	return nil
 }
 
-func (s *Stage[C]) parse(data json.RawMessage, methods *registry.Registry[C]) error {
+// parse reads a stage, and what it wraps; around are the types that wrap it.
+func parse[C any](s *Stage[C], data json.RawMessage, methods *registry.Registry[C], around ...string) error {
 	if data[0] != '{' {
 		return fault.Newf(fault.Invalid, "", "value is %s, expected an object with the key type", clip(data))
 	}
@@ -177,26 +176,18 @@ func (s *Stage[C]) parse(data json.RawMessage, methods *registry.Registry[C]) er
 	if err != nil {
 		return err
 	}
+	if slices.Contains(around, method.Type) {
+		return fault.Newf(fault.Invalid, "type", "%q wraps itself: name another selector", method.Type)
+	}
 	s.Type, s.Config = method.Type, method.Default()
-	return assign(s.Config, list, map[string]func(json.RawMessage) error{
+	special := map[string]func(json.RawMessage) error{
 		"type": func(json.RawMessage) error { return nil }, // is done
-	})
-}
-
-// MarshalJSON writes the method's keys behind its type, as Twilight has them.
-func (s Stage[C]) MarshalJSON() ([]byte, error) {
-	name, err := json.Marshal(s.Type)
-	if err != nil {
-		return nil, err
 	}
-	keys, err := json.Marshal(s.Config)
-	if err != nil {
-		return nil, err
+	if wrapper, ok := any(s.Config).(selector.Wrapper); ok {
+		special["selector"] = func(data json.RawMessage) error {
+			selectors := any(methods).(*registry.Registry[selector.Config])
+			return parse(wrapper.Wraps(), data, selectors, append(around, s.Type)...)
+		}
 	}
-	if string(keys) != "{}" {
-		keys = append([]byte(","), keys[1:]...)
-	} else {
-		keys = keys[1:]
-	}
-	return append(append([]byte(`{"type":`), name...), keys...), nil
+	return assign(s.Config, list, special)
 }

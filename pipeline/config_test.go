@@ -82,6 +82,10 @@ func TestParse(t *testing.T) {
 		"case and alias of types": {`{"selector": {"type": "FULL"}, "weight_estimator": {"type": "Min_Max_Quant"}, "weight_pruner": {"type": "TOP_P"}}`, `{` + noCompressor + `
 			"selector": {"type": "none"}, "weight_estimator": {"type": "min_max_quant", "quant_bit": 4, "equalize": true},
 			"weight_pruner": {"type": "top_p", "threshold": 0.85}, ` + skip + rest},
+		"wrapped": {`{"selector": {"type": "PyramidKV", "num_layers": 9, "selector": {"token_budget": 7, "type": "H2O"}}}`, `{` + noCompressor + `
+			"selector": {"type": "pyramidkv", "selector": {"type": "h2o", "token_budget": 7, "sparsity_rate": -1, "recent_share": 0.5},
+			"token_budget": 8192, "sparsity_rate": -1, "beta": 20, "num_layers": 9},
+			"weight_estimator": {"type": "none"}, "weight_pruner": {"type": "none"}, ` + skip + rest},
 		"all keys": {`{"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
 			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all",
 			"weight_pruner": {"threshold": -2.5, "type": "threshold"}, "weight_estimator": {"quant_bit": 8, "equalize": false, "type": "min_max_quant"},
@@ -155,6 +159,14 @@ func TestParseRefuses(t *testing.T) {
 		"null":                {`{"group": null}`, "group", "expected a string", fault.Invalid},
 		"object for a number": {`{"dense_below": {}}`, "dense_below", "expected an integer", fault.Invalid},
 
+		"wraps nothing":     {`{"selector": {"type": "pyramidkv", "num_layers": 9}}`, "selector.selector", "missing", fault.Invalid},
+		"wraps no stage":    {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": "quest"}}`, "selector.selector", "expected an object", fault.Invalid},
+		"wraps the unknown": {`{"selector": {"type": "pyramidkv", "selector": {"type": "seer"}}}`, "selector.selector.type", "not available", fault.Unsupported},
+		"wraps itself":      {`{"selector": {"type": "pyramidkv", "selector": {"type": "PyramidKV"}}}`, "selector.selector.type", "wraps itself", fault.Invalid},
+		"wraps all tokens":  {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": {"type": "none"}}}`, "selector.selector.type", "no token_budget", fault.Invalid},
+		"unknown key there": {`{"selector": {"type": "pyramidkv", "selector": {"type": "quest", "budget": 1}}}`, "selector.selector.budget", "known here: type, token_budget", fault.Invalid},
+		"bad value there":   {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": {"type": "quest", "chunk_size": 3}}}`, "selector.selector.chunk_size", "multiple of 16", fault.Invalid},
+
 		"group":         {`{"group": "per_head"}`, "group", `"per_head", expected "union" or "per_query_head"`, fault.Invalid},
 		"p_over":        {`{"p_over": ""}`, "p_over", `expected "candidates" or "all"`, fault.Invalid},
 		"dense_below":   {`{"dense_below": -1}`, "dense_below", "expected 0..", fault.Invalid},
@@ -180,7 +192,8 @@ func FuzzParseConfig(f *testing.F) {
 	for _, seed := range []string{
 		"", "{}", quest1024, questTwilight, `{"group":"per_query_head","p_over":"all","dense_below":7}`,
 		`{"weight_pruner":{"type":"threshold","threshold":1e-320}}`, `{"group":"union","group":1}`, `{"a":[{"b":[]}]}`,
-		`{"selector":{"type":"quest","sparsity_rate":0.1,"chunk_size":32},"skip_first_two_layers":null}`, `{} x`, "\xff{\"\xff\":0}",
+		`{"selector":{"type":"quest","sparsity_rate":0.1,"chunk_size":32},"skip_first_two_layers":null}`, `{} x`,
+		`{"selector":{"type":"pyramidkv","num_layers":2,"selector":{"type":"h2o"}},"compressor":{"type":"snap_kv"}}`, "\xff{\"\xff\":0}",
 	} {
 		f.Add([]byte(seed))
 	}

@@ -77,6 +77,8 @@ func testMethods(t *testing.T, s *suite) {
 		"top_p":          `{` + all + `, ` + bits + `, "weight_pruner": {"type": "top_p", "threshold": 0.9}}`,
 		"threshold":      `{` + all + `, ` + bits + `, "weight_pruner": {"type": "threshold", "threshold": 2}}`,
 		"no pruner":      `{` + all + `, ` + bits + `}`,
+		"pyramidkv": `{` + all + `, "selector": {"type": "pyramidkv", "token_budget": 96, "num_layers": 6,
+			"selector": {"type": "quest"}}}`,
 		"p over all": `{` + all + `, ` + bits + `, "p_over": "all",
 			"selector": {"type": "quest", "token_budget": 160},
 			"weight_pruner": {"type": "top_p", "threshold": 0.5}}`,

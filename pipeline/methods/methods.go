@@ -22,6 +22,7 @@ import (
 	"github.com/twilight-sidecar/twilight/selector/none"
 	"github.com/twilight-sidecar/twilight/selector/oracle"
 	"github.com/twilight-sidecar/twilight/selector/pqcache"
+	"github.com/twilight-sidecar/twilight/selector/pyramidkv"
 	"github.com/twilight-sidecar/twilight/selector/quest"
 	"github.com/twilight-sidecar/twilight/selector/sparq"
 	"github.com/twilight-sidecar/twilight/selector/streaming"
@@ -33,7 +34,7 @@ func New() (*pipeline.Methods, error) {
 	compressors, err1 := registry.New("compressor", nocompressor.Method(), snapkv.Method())
 	selectors, err2 := registry.New("selector",
 		none.Method(), quest.Method(), ds.Method(), streaming.Method(), sparq.Method(), oracle.Method(),
-		pqcache.Method(), magicpig.Method(), duo.Method(), tidal.Method(), h2o.Method())
+		pqcache.Method(), magicpig.Method(), duo.Method(), tidal.Method(), h2o.Method(), pyramidkv.Method())
 	estimators, err3 := registry.New("weight_estimator", exact.Method(), minmaxquant.Method(), maxquant.Method())
 	pruners, err4 := registry.New("weight_pruner", keepall.Method(), threshold.Method(), topp.Method())
 	if err := errors.Join(err1, err2, err3, err4); err != nil {
