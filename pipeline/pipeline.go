@@ -54,6 +54,7 @@ type Row struct {
 
 	P           float32 // overrides the pruner's share if > 0
 	TokenBudget int     // overrides the selector's budget if > 0
+	Budgets     []int   // by list, from Pipeline.Share; override TokenBudget if not nil
 	ListsOnly   bool    // leave Result.Output unset
 }
 

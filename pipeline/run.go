@@ -148,8 +148,22 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
 	}
 	res.Lists, res.Timing = nil, Timing{}
+	p.ask(s, row)
 
-	queries := s.scaled.shape(heads, g.KDim)
+	s.estimator = pruner.Row{
+		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
+	}
+	s.attended = attention.Row{Queries: s.scaled.rows, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
+	if g.Sinks != nil {
+		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+	}
+}
+
+// ask scales the queries and tells the selector about the row.
+func (p *Pipeline) ask(s *Scratch, row *Row) {
+	g := &p.geometry
+	heads := g.Group()
+	s.scaled.shape(heads, g.KDim)
 	vek32.MulNumber_Into(s.scaled.flat, row.Queries[:heads*g.KDim], g.Scale)
 	s.selector = selector.Row{
 		Layer: row.Layer, Head: row.KVHead,
@@ -157,14 +171,7 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 		Keys: row.Keys, Records: row.SelectorRecords,
 		TokenBudget: row.TokenBudget,
 		PinFirst:    p.config.PinFirstChunk, PinCurrent: p.config.PinCurrentChunk,
-		Bounds: s.selector.Bounds[:0], Scratch: s.selector.Scratch,
-	}
-	s.estimator = pruner.Row{
-		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
-	}
-	s.attended = attention.Row{Queries: queries, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
-	if g.Sinks != nil {
-		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+		Bounds: s.selector.Bounds[:0], Ranking: s.selector.Ranking[:0], Scratch: s.selector.Scratch,
 	}
 }
 
@@ -191,6 +198,9 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	queries := s.scaled.rows[from:to]
 	s.selector.Queries, s.estimator.Queries = queries, queries
 	list := from / len(queries)
+	if row.Budgets != nil {
+		s.selector.TokenBudget = row.Budgets[list]
+	}
 	if row.Carry != nil {
 		s.selector.Carry = &row.Carry[list]
 	}

@@ -14,6 +14,8 @@ import (
 type Needs struct {
 	// Carry: rows need Row.Carry.
 	Carry bool
+	// Shares: rows need Row.Budgets.
+	Shares bool
 	// State: rows need Row.State and Row.Step, and so sequences need names.
 	State bool
 	// Window is how many of a prompt's last queries an Observation should hold, Mass whether it should
@@ -25,7 +27,7 @@ type Needs struct {
 // Needs returns what the pipeline's methods need.
 func (p *Pipeline) Needs() Needs {
 	s := selector.NeedsOf(p.selector)
-	n := Needs{Carry: s.Carry, State: s.Scores || p.compressor != nil, Mass: s.Scores}
+	n := Needs{Carry: s.Carry, Shares: s.Shares, State: s.Scores || p.compressor != nil, Mass: s.Scores}
 	if p.compressor != nil {
 		n.Window = p.compressor.Window()
 	}
@@ -47,6 +49,9 @@ func (p *Pipeline) StateBytesPerToken() int {
 	perList *= p.geometry.Layers
 	if needs.Carry {
 		perList += position
+	}
+	if needs.Shares {
+		perList += score
 	}
 	return perList * p.geometry.KVHeads * p.lists()
 }

@@ -32,8 +32,11 @@ func Ends(dst []int32, row *Row, first, last int) []int32 {
 // Top appends to dst the budget positions of a row that have the largest scores, ascending; scores[i] is
 // that of position First+i. Ties go to the lower position. The tokens of pinned chunks come first and
 // count towards the budget, which is at least their number. A score that is not finite ranks before all
-// others, so that what is wrong with a token is seen. Top overwrites scores.
+// others, so that what is wrong with a token is seen. Top overwrites scores, and hands them out if Row.WantRanking.
 func Top(dst []int32, row *Row, scores []float32, budget int) []int32 {
+	if row.WantRanking {
+		row.Ranking = append(row.Ranking[:0], scores...)
+	}
 	if budget >= len(scores) {
 		return All(dst, row)
 	}

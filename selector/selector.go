@@ -54,12 +54,18 @@ type Row struct {
 	// estimated from. It stays valid until the next Select with this Row.
 	Bounds [][]float32
 
+	// WantRanking asks a Ranker for the scores it ranks by. Ranking, [Len-First], then stays valid until the
+	// next Select with this Row, and may be changed.
+	WantRanking bool
+	Ranking     []float32
+
 	// Scratch is reused by the method from call to call with this Row.
 	Scratch Scratch
 }
 
 // Scratch is memory that a method reuses between calls with one Row.
 type Scratch struct {
-	F32 []float32
-	I32 []int32
+	F32    []float32
+	I32    []int32
+	Unused []int32 // what a wrapper selects for the ranking's sake
 }

@@ -11,6 +11,7 @@ type Stateful interface {
 type Needs struct {
 	Carry  bool // Row.Carry
 	Scores bool // Row.Scores
+	Shares bool // to be asked as an Allocator
 }
 
 // NeedsOf returns what a selector needs.

@@ -24,6 +24,10 @@ func CheckWrapped(wrapped *registry.Stage[Config]) error {
 	if err := wrapped.Config.Validate(); err != nil {
 		return fault.In("selector", err)
 	}
+	if NeedsOf(wrapped.Config.New()).Shares {
+		return fault.Newf(fault.Invalid, "selector.type",
+			"selector %q shares its budget out by itself: name the one that it wraps", wrapped.Type)
+	}
 	if !HasBudget(wrapped.Config) {
 		return fault.Newf(fault.Invalid, "selector.type",
 			"selector %q has no token_budget that could be set for it: take one that has", wrapped.Type)

@@ -122,8 +122,20 @@ func different(a, b []int32) int {
 // reference runs a row through the pipeline, on tokens in float32 and records made from nothing.
 func (e *engine) reference(layer int, rows []seq, b, h int, queries []float32) *pipeline.Result {
 	e.t.Helper()
+	p := must(pipeline.New(e.suite.parse(e.t, e.config), &e.geometry))(e.t)
+	r := e.row(p, layer, rows, b, h, queries)
+	if p.Needs().Shares {
+		r.Budgets = e.budgets(p, layer, rows, b, queries)[h*e.lists():][:e.lists()]
+	}
+	result := &pipeline.Result{}
+	p.Run(&pipeline.Scratch{}, r, result)
+	return result
+}
+
+// row is that of a KV head.
+func (e *engine) row(p *pipeline.Pipeline, layer int, rows []seq, b, h int, queries []float32) *pipeline.Row {
+	e.t.Helper()
 	g, row := &e.geometry, rows[b]
-	p := must(pipeline.New(e.suite.parse(e.t, e.config), g))(e.t)
 	selector, estimator := p.Shadows()
 	r := &pipeline.Row{
 		Layer: e.models[layer], KVHead: h,
@@ -135,15 +147,33 @@ func (e *engine) reference(layer int, rows []seq, b, h int, queries []float32) *
 		EstimatorRecords: e.records(estimator, layer, rows, b, h),
 	}
 	if needs := p.Needs(); needs.Carry || needs.State {
-		lists := 1
-		if e.suite.parse(e.t, e.config).Group == pipeline.PerQueryHead {
-			lists = g.Group()
-		}
-		r.Carry, r.State, r.Step = e.past.carry(b, h, lists), e.past.state(row.sequence, layer, h), e.past.step
+		r.Carry, r.State, r.Step = e.past.carry(b, h, e.lists()), e.past.state(row.sequence, layer, h), e.past.step
 	}
-	result := &pipeline.Result{}
-	p.Run(&pipeline.Scratch{}, r, result)
-	return result
+	return r
+}
+
+// lists is how many lists a (sequence, KV head) has.
+func (e *engine) lists() int {
+	if e.suite.parse(e.t, e.config).Group == pipeline.PerQueryHead {
+		return e.geometry.Group()
+	}
+	return 1
+}
+
+// budgets are those of a sequence's lists, by KV head; nil if its rows are dense.
+func (e *engine) budgets(p *pipeline.Pipeline, layer int, rows []seq, b int, queries []float32) []int {
+	e.t.Helper()
+	size := e.lists() * (rows[b].length - rows[b].first)
+	weights := make([]float32, e.geometry.KVHeads*size)
+	mean := 0
+	for h := range e.geometry.KVHeads {
+		mean = p.Weigh(&pipeline.Scratch{}, e.row(p, layer, rows, b, h, queries), weights[h*size:(h+1)*size])
+	}
+	budgets := make([]int, e.geometry.KVHeads*e.lists())
+	if mean > 0 {
+		p.Share(budgets, weights, mean)
+	}
+	return budgets
 }
 
 // head is one KV head of keys or values: [tokens][dim].

@@ -164,6 +164,7 @@ func testStates(t *testing.T, s *suite) {
 	for name, stages := range map[string]string{
 		"h2o": h2oStages, "snap_kv": snapStages,
 		"h2o with top_p": h2oStages + "," + topP, "all": h2oStages + "," + snapStages + "," + topP,
+		"adakv around h2o":     `"selector": {"type": "adakv", "token_budget": 64, "selector": {"type": "h2o"}}`,
 		"snap_kv before quest": snapStages + `, "selector": {"type": "quest", "token_budget": 32}`,
 	} {
 		for mode, config := range inModes(stages) {

@@ -31,7 +31,8 @@ type cache struct {
 	indexing            indexing
 	call                call
 	// Methods bound once, so that calls allocate nothing.
-	trainTask, indexTask, queryTask, windowTask, observeTask, attendTask task
+	trainTask, indexTask, queryTask, windowTask, observeTask task
+	weighTask, shareTask, attendTask                         task
 }
 
 var _ gpu.Cache = (*cache)(nil)

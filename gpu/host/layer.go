@@ -33,6 +33,7 @@ type call struct {
 	tasks   int
 	queries []float32         // decoded, [B][Hq][KDim]
 	results []pipeline.Result // by task, and those of larger batches
+	shares  shares
 }
 
 func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
@@ -52,9 +53,9 @@ func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gp
 	a := &c.call
 	*a = call{
 		layer: i, request: request, answer: answer, rows: c.tracker.Rows(),
-		queries: a.queries, results: a.results,
+		queries: a.queries, results: a.results, shares: a.shares,
 	}
-	defer func() { *a = call{queries: a.queries, results: a.results} }() // nothing of the caller's is kept
+	defer func() { *a = call{queries: a.queries, results: a.results, shares: a.shares} }() // nothing of the caller's is kept
 	if err := c.run(ctx, a); err != nil {
 		return c.lease.explain(err, a.query.extent, a.output.extent, a.lists, a.counts,
 			a.observed.extents[0], a.observed.extents[1],
@@ -100,6 +101,15 @@ func (c *cache) run(ctx context.Context, a *call) error {
 	}
 	if a.request.Query == nil {
 		return nil
+	}
+	if c.lease.needs.Shares {
+		a.shares.shape(a.rows, c.lease.geometry.KVHeads*c.lease.lists)
+		if err := pool.do(ctx, c.job, a.tasks, c.weighTask); err != nil {
+			return err
+		}
+		if err := pool.do(ctx, c.job, len(a.rows), c.shareTask); err != nil {
+			return err
+		}
 	}
 	if err := pool.do(ctx, c.job, a.tasks, c.attendTask); err != nil {
 		return err
@@ -232,15 +242,9 @@ func (c *cache) attend(worker, task int) error {
 
 	group := g.Group()
 	c.setRow(s, task)
-	s.row.Queries = a.queries[task*group*g.KDim:][:group*g.KDim]
-	s.row.SelectorRecords = c.selector.records(&s.selector, a.layer, head, seq.Chunks)
-	s.row.EstimatorRecords = c.estimator.records(&s.estimator, a.layer, head, seq.Chunks)
-	s.row.ListsOnly = a.request.ListsOnly
-	if len(a.request.P) > 0 {
-		s.row.P = a.request.P[b]
-	}
-	if len(a.request.TokenBudget) > 0 {
-		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	c.setQuery(s, task)
+	if c.lease.needs.Shares && a.shares.means[b] > 0 {
+		s.row.Budgets = a.shares.budgets[task*c.lease.lists:][:c.lease.lists]
 	}
 	c.lease.pipeline.Run(&s.pipeline, &s.row, result)
 
@@ -277,6 +281,23 @@ func (c *cache) setRow(s *scratch, task int) {
 	}
 	if c.lease.needs.State {
 		s.row.State, s.row.Step = c.states.at(b, a.layer, head, g.KVHeads), c.states.step
+	}
+}
+
+// setQuery sets what s.row has with a query only.
+func (c *cache) setQuery(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	size := g.Group() * g.KDim
+	s.row.Queries = a.queries[task*size:][:size]
+	s.row.SelectorRecords = c.selector.records(&s.selector, a.layer, head, a.rows[b].Chunks)
+	s.row.EstimatorRecords = c.estimator.records(&s.estimator, a.layer, head, a.rows[b].Chunks)
+	s.row.ListsOnly = a.request.ListsOnly
+	if len(a.request.P) > 0 {
+		s.row.P = a.request.P[b]
+	}
+	if len(a.request.TokenBudget) > 0 {
+		s.row.TokenBudget = int(a.request.TokenBudget[b])
 	}
 }
 

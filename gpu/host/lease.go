@@ -286,7 +286,8 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	c.selector, arena = carve(l.selector, g, p.layers, p.chunks, arena)
 	c.estimator, _ = carve(l.estimator, g, p.layers, p.chunks, arena)
 	c.trainTask, c.indexTask = c.trainHead, c.indexChunk
-	c.queryTask, c.windowTask, c.observeTask, c.attendTask = c.readQuery, c.readObservation, c.observe, c.attend
+	c.queryTask, c.windowTask, c.observeTask = c.readQuery, c.readObservation, c.observe
+	c.weighTask, c.shareTask, c.attendTask = c.weigh, c.share, c.attend
 	return c, nil
 }
 

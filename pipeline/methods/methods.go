@@ -15,6 +15,7 @@ import (
 	"github.com/twilight-sidecar/twilight/pruner/minmaxquant"
 	"github.com/twilight-sidecar/twilight/pruner/threshold"
 	"github.com/twilight-sidecar/twilight/pruner/topp"
+	"github.com/twilight-sidecar/twilight/selector/adakv"
 	"github.com/twilight-sidecar/twilight/selector/ds"
 	"github.com/twilight-sidecar/twilight/selector/duo"
 	"github.com/twilight-sidecar/twilight/selector/h2o"
@@ -34,7 +35,7 @@ func New() (*pipeline.Methods, error) {
 	compressors, err1 := registry.New("compressor", nocompressor.Method(), snapkv.Method())
 	selectors, err2 := registry.New("selector",
 		none.Method(), quest.Method(), ds.Method(), streaming.Method(), sparq.Method(), oracle.Method(),
-		pqcache.Method(), magicpig.Method(), duo.Method(), tidal.Method(), h2o.Method(), pyramidkv.Method())
+		pqcache.Method(), magicpig.Method(), duo.Method(), tidal.Method(), h2o.Method(), pyramidkv.Method(), adakv.Method())
 	estimators, err3 := registry.New("weight_estimator", exact.Method(), minmaxquant.Method(), maxquant.Method())
 	pruners, err4 := registry.New("weight_pruner", keepall.Method(), threshold.Method(), topp.Method())
 	if err := errors.Join(err1, err2, err3, err4); err != nil {

@@ -18,7 +18,7 @@ func TestNew(t *testing.T) {
 	}{
 		{"compressors", m.Compressors.Types(), []string{"none", "snap_kv"}},
 		{"selectors", m.Selectors.Types(), []string{
-			"ds", "duo", "h2o", "magicpig", "none", "oracle_topk", "pqcache", "pyramidkv", "quest", "sparq", "streaming",
+			"adakv", "ds", "duo", "h2o", "magicpig", "none", "oracle_topk", "pqcache", "pyramidkv", "quest", "sparq", "streaming",
 			"tidal_decode",
 		}},
 		{"estimators", m.Estimators.Types(), []string{"max_quant", "min_max_quant", "none"}},

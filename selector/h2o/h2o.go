@@ -47,6 +47,9 @@ func (h2o) Shadow() kv.Shadow { return nil }
 // Needs implements selector.Stateful.
 func (h2o) Needs() selector.Needs { return selector.Needs{Scores: true} }
 
+// Ranks implements selector.Ranker.
+func (h2o) Ranks() selector.Scale { return selector.Weights }
+
 // Select implements selector.Selector.
 func (h h2o) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n := row.Budget(h.TokenBudget, h.SparsityRate), row.Len-row.First
@@ -59,5 +62,9 @@ func (h h2o) Select(dst []int32, row *selector.Row) []int32 {
 	for i := n - recent; i < n; i++ {
 		scores[i] = math.MaxFloat32
 	}
-	return selector.Top(dst, row, scores, budget)
+	dst = selector.Top(dst, row, scores, budget)
+	if row.WantRanking {
+		copy(row.Ranking, row.Scores[row.First:row.Len]) // without regard to what is recent
+	}
+	return dst
 }

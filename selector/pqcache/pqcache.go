@@ -19,6 +19,9 @@ var _ selector.Fitter = pqcache{}
 
 func (p pqcache) Shadow() kv.Shadow { return p.codes }
 
+// Ranks implements selector.Ranker.
+func (pqcache) Ranks() selector.Scale { return selector.Logits }
+
 // Fits implements selector.Fitter.
 func (p pqcache) Fits(_ int, g *kv.Geometry) error {
 	if p.codes.m > g.KDim {

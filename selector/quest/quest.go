@@ -14,6 +14,9 @@ type quest struct{ Config }
 
 func (quest) Shadow() kv.Shadow { return extremes{} }
 
+// Ranks implements selector.Ranker.
+func (quest) Ranks() selector.Scale { return selector.Logits }
+
 // Select implements selector.Selector. It sets row.Bounds unless every token is a candidate.
 func (q quest) Select(dst []int32, row *selector.Row) []int32 {
 	row.Bounds = row.Bounds[:0]

@@ -47,6 +47,9 @@ var _ selector.Fitter = sparq{}
 
 func (sparq) Shadow() kv.Shadow { return nil }
 
+// Ranks implements selector.Ranker.
+func (sparq) Ranks() selector.Scale { return selector.Logits }
+
 // Fits implements selector.Fitter.
 func (s sparq) Fits(_ int, g *kv.Geometry) error {
 	if s.R > g.KDim {
