@@ -53,7 +53,7 @@ type Row struct {
 	Step  uint64
 
 	P           float32 // overrides the pruner's share if > 0
-	TokenBudget int     // overrides the selector's budget if > 0
+	TokenBudget int     // overrides the selector's budget, and coverage, if > 0
 	Budgets     []int   // by list, from Pipeline.Share; override TokenBudget if not nil
 	ListsOnly   bool    // leave Result.Output unset
 }

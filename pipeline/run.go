@@ -17,13 +17,14 @@ import (
 
 // Pipeline runs rows of one geometry by one config. It is safe for concurrent use.
 type Pipeline struct {
-	config     Config
-	geometry   kv.Geometry
-	compressor compressor.Compressor // nil for none
-	selector   selector.Selector
-	estimator  pruner.Estimator
-	pruner     pruner.Pruner
-	scores     bool // the selector looks at those of a State
+	config      Config
+	geometry    kv.Geometry
+	compressor  compressor.Compressor // nil for none
+	selector    selector.Selector
+	estimator   pruner.Estimator
+	pruner      pruner.Pruner
+	least, most int  // tokens of a list; most is 0 for no limit
+	scores      bool // the selector looks at those of a State
 }
 
 // New makes a pipeline. A config out of range is a *fault.Error.
@@ -40,6 +41,9 @@ func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
 		pruner:     cfg.Pruner.Config.New(),
 	}
 	p.scores = selector.NeedsOf(p.selector).Scores
+	if limiter, ok := p.pruner.(pruner.Limiter); ok {
+		p.least, p.most = limiter.Budget()
+	}
 	return p, nil
 }
 
@@ -51,11 +55,18 @@ func (p *Pipeline) Shadows() (selector, estimator kv.Shadow) {
 // Fits reports what keeps the config from serving a layer, by the model's index, as a *fault.Error whose
 // field is the config's key at fault.
 func (p *Pipeline) Fits(layer int) error {
-	fitter, ok := p.selector.(selector.Fitter)
-	if !ok || p.skips(layer) {
+	if p.skips(layer) {
 		return nil
 	}
-	return fault.In("selector", fitter.Fits(layer, &p.geometry))
+	if fitter, ok := p.selector.(selector.Fitter); ok {
+		if err := fitter.Fits(layer, &p.geometry); err != nil {
+			return fault.In("selector", err)
+		}
+	}
+	if limiter, ok := p.pruner.(pruner.Limiter); ok {
+		return fault.In("weight_pruner", limiter.Fits(layer, &p.geometry))
+	}
+	return nil
 }
 
 // skips says whether all rows of a layer are dense, whatever the methods.
@@ -76,9 +87,13 @@ type Scratch struct {
 	weights    matrix // [heads][candidates]
 	first      matrix // logit of the first valid token, [heads][1]
 	candidates []int32
-	kept       []int32 // indices into candidates
-	isKept     []bool  // [candidates], by any head
-	fit        fit
+	more       []int32   // candidates that join those before
+	moreLogits matrix    // [heads][more]
+	tops       []float32 // largest logits, [heads]
+	cover      cover
+	kept       []int32   // indices into candidates
+	isKept     []bool    // [candidates], by any head
+	shares     []float32 // of the candidates in the heads' weights
 }
 
 // matrix is rows of equal length in one piece of memory.
@@ -149,7 +164,6 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	}
 	res.Lists, res.Timing = nil, Timing{}
 	p.ask(s, row)
-
 	s.estimator = pruner.Row{
 		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
 	}
@@ -171,7 +185,10 @@ func (p *Pipeline) ask(s *Scratch, row *Row) {
 		Keys: row.Keys, Records: row.SelectorRecords,
 		TokenBudget: row.TokenBudget,
 		PinFirst:    p.config.PinFirstChunk, PinCurrent: p.config.PinCurrentChunk,
-		Bounds: s.selector.Bounds[:0], Ranking: s.selector.Ranking[:0], Scratch: s.selector.Scratch,
+		Ranking: s.selector.Ranking, Scratch: s.selector.Scratch,
+	}
+	if p.covers(row) {
+		s.selector.TokenBudget = max(1, p.config.CoverageFloor)
 	}
 }
 
@@ -198,33 +215,19 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	queries := s.scaled.rows[from:to]
 	s.selector.Queries, s.estimator.Queries = queries, queries
 	list := from / len(queries)
-	if row.Budgets != nil {
-		s.selector.TokenBudget = row.Budgets[list]
-	}
-	if row.Carry != nil {
-		s.selector.Carry = &row.Carry[list]
-	}
-	if p.scores {
-		s.selector.Scores = row.State.lists[list].scores[:row.Len]
-	}
-	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
-	if p.compressor != nil {
-		selected := len(s.candidates)
-		s.candidates = row.State.within(s.candidates, list, row.Len)
-		if len(s.candidates) < selected {
-			s.selector.Bounds = s.selector.Bounds[:0] // they are of whole chunks
-		}
-	}
+	p.candidates(s, row, list)
+	s.cover.begin(&s.selector, p.geometry.Softcap)
 	selected := time.Now()
 	res.Timing.Select += selected.Sub(start)
 
-	if !p.estimate(s, row, len(queries)) {
+	if !p.estimate(s, row) {
 		return false
 	}
 	coverage := res.Coverage[from:to]
 	for h := range queries {
-		coverage[h] = p.prune(s, row, h)
+		coverage[h] = p.prune(s, row, h, row.KVHead*p.geometry.Group()+from+h)
 	}
+	p.limit(s)
 	res.lists[list] = s.list(res.lists[list][:0], res.Mass[from:to], coverage)
 	if p.scores {
 		row.State.lists[list].gain(res.lists[list], s.kept, s.weights.rows)
@@ -240,32 +243,83 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	return true
 }
 
-// estimate fills logits, softcapped, weights and the first tokens' logits. It reports whether all
-// estimates are finite.
-func (p *Pipeline) estimate(s *Scratch, row *Row, heads int) (finite bool) {
-	logits, first := s.logits.shape(heads, len(s.candidates)), s.first.shape(heads, 1)
-	p.estimator.Logits(logits, &s.estimator, s.candidates)
+// candidates selects those of a list, of what the compressor left.
+func (p *Pipeline) candidates(s *Scratch, row *Row, list int) {
+	if row.Budgets != nil {
+		s.selector.TokenBudget = row.Budgets[list]
+	}
+	if row.Carry != nil {
+		s.selector.Carry = &row.Carry[list]
+	}
+	if p.scores {
+		s.selector.Scores = row.State.lists[list].scores[:row.Len]
+	}
+	s.selector.Ranking.Reset()
+	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	if p.compressor == nil {
+		return
+	}
+	selected := len(s.candidates)
+	s.candidates = row.State.within(s.candidates, list, row.Len)
+	if len(s.candidates) < selected {
+		s.selector.Ranking.Reset() // it is of whole chunks
+	}
+}
+
+// estimate fills the logits, softcapped, and the weights of the candidates, and of these it takes more if
+// coverage asks for it. It reports whether all estimates are finite.
+func (p *Pipeline) estimate(s *Scratch, row *Row) (finite bool) {
+	grows := p.covers(row) && len(s.selector.Ranking.Scores) > 0
+	if grows {
+		finite = p.grow(s, row)
+	} else {
+		finite = p.logits(s, &s.logits, s.candidates)
+	}
+	if !finite {
+		return false
+	}
+	heads, logits := len(s.logits.rows), s.logits.rows
 	s.kept = append(s.kept[:0], int32(row.First))
 	if s.candidates[0] == s.kept[0] {
+		first := s.first.shape(heads, 1)
 		for h := range heads {
 			first[h][0] = logits[h][0]
 		}
-	} else {
-		p.estimator.Logits(first, &s.estimator, s.kept)
-	}
-	if !allFinite(s.logits.flat) || !allFinite(s.first.flat) {
+	} else if !p.logits(s, &s.first, s.kept) {
 		return false
 	}
-	attention.Softcap(s.logits.flat, p.geometry.Softcap)
-	attention.Softcap(s.first.flat, p.geometry.Softcap)
 	weights := s.weights.shape(heads, len(s.candidates))
-	copy(s.weights.flat, s.logits.flat)
 	for h := range heads {
-		attention.Exp(weights[h], vek32.Max(logits[h]))
+		copy(weights[h], logits[h])
+	}
+	s.exp(weights)
+	if !grows {
+		s.cover.add(&s.selector, s.candidates, weights, s.tops)
 	}
 	s.isKept = slices.Grow(s.isKept[:0], len(s.candidates))[:len(s.candidates)]
 	clear(s.isKept)
 	return true
+}
+
+// logits shapes and fills the softcapped logits for positions. It reports whether all are finite.
+func (p *Pipeline) logits(s *Scratch, logits *matrix, positions []int32) (finite bool) {
+	rows := logits.shape(len(s.estimator.Queries), len(positions))
+	p.estimator.Logits(rows, &s.estimator, positions)
+	if !allFinite(logits.flat) {
+		return false
+	}
+	attention.Softcap(logits.flat, p.geometry.Softcap)
+	return true
+}
+
+// exp replaces logits by weights exp(logit - top) and sets the tops.
+func (s *Scratch) exp(logits [][]float32) {
+	s.tops = s.tops[:0]
+	for _, row := range logits {
+		top := vek32.Max(row)
+		s.tops = append(s.tops, top)
+		attention.Exp(row, top)
+	}
 }
 
 func allFinite(x []float32) bool {
@@ -273,28 +327,68 @@ func allFinite(x []float32) bool {
 }
 
 // prune marks what the h-th head keeps and returns its candidates' estimated coverage.
-func (p *Pipeline) prune(s *Scratch, row *Row, h int) (coverage float32) {
-	logits, weights := s.logits.rows[h], s.weights.rows[h]
-	relative := 0.0 // weight outside for each unit of the candidates'
+func (p *Pipeline) prune(s *Scratch, row *Row, h, queryHead int) (coverage float32) {
+	outside := 0.0 // relative to the candidates' weight
 	if len(s.candidates) < row.Len-row.First {
-		relative = math.NaN()
-		if len(s.selector.Bounds) > 0 {
-			relative = s.fit.outside(s.selector.Bounds[h], weights, s.candidates, row.First,
-				vek32.Max(logits), p.geometry.Softcap) / float64(vek32.Sum(weights))
-		}
+		outside = s.cover.outside(h)
 	}
 	s.pruner = pruner.Candidates{
-		Logits: logits, Weights: weights, FirstLogit: s.first.rows[h][0], P: row.P,
+		Layer: row.Layer, QueryHead: queryHead,
+		Logits: s.logits.rows[h], Weights: s.weights.rows[h], FirstLogit: s.first.rows[h][0], P: row.P,
 		Scratch: s.pruner.Scratch,
 	}
-	if p.config.POver == OverAll && relative == relative {
-		s.pruner.Outside = relative
+	if p.config.POver == OverAll && outside == outside {
+		s.pruner.Outside = outside
 	}
 	s.kept = p.pruner.Prune(s.kept[:0], &s.pruner)
 	for _, i := range s.kept {
 		s.isKept[i] = true
 	}
-	return float32(1 / (1 + relative))
+	return float32(1 / (1 + outside))
+}
+
+// limit marks more candidates as kept, or fewer, where the pruner's limits ask for it: the heaviest by the
+// sum of their shares in the heads' weights, ties by lower position.
+func (p *Pipeline) limit(s *Scratch) {
+	if p.least == 0 && p.most == 0 {
+		return
+	}
+	kept := 0
+	for _, is := range s.isKept {
+		if is {
+			kept++
+		}
+	}
+	want := min(max(kept, p.least), len(s.isKept))
+	if p.most > 0 {
+		want = min(want, p.most)
+	}
+	if want == kept {
+		return
+	}
+	s.shares = slices.Grow(s.shares[:0], len(s.isKept))[:len(s.isKept)]
+	clear(s.shares)
+	for _, weights := range s.weights.rows {
+		total := vek32.Sum(weights)
+		for i, w := range weights {
+			s.shares[i] += w / total
+		}
+	}
+	for i, is := range s.isKept {
+		switch {
+		case want > kept && is:
+			s.shares[i] = math.MaxFloat32
+		case want < kept && !is:
+			s.shares[i] = -1
+		}
+	}
+	least, ties := selector.Cut(s.shares, want)
+	for i, share := range s.shares {
+		s.isKept[i] = share > least || share == least && ties > 0
+		if share == least {
+			ties--
+		}
+	}
 }
 
 // list appends the positions that any head keeps to dst, sets s.kept to their indices, and each head's

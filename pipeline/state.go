@@ -128,12 +128,20 @@ func (p *past) open(step uint64, length int) {
 		p.settle()
 		p.step = step
 	}
-	if more := length - len(p.scores); more > 0 {
-		n := len(p.scores)
-		p.scores = slices.Grow(p.scores, more)[:length]
+	n := len(p.scores)
+	if length > cap(p.scores) {
+		grown := make([]float32, n, (length+room-1)/room*room)
+		copy(grown, p.scores)
+		p.scores = grown
+	}
+	if length > n {
+		p.scores = p.scores[:length]
 		clear(p.scores[n:])
 	}
 }
+
+// room is by how many tokens scores grow at a time: few, for them to take what they are counted as.
+const room = 256
 
 // gain notes what the positions of a list got of each query head's weights, in place of what the step
 // gained before. kept are the positions' indices in weights.

@@ -16,7 +16,7 @@ type Selector interface {
 }
 
 // Row is what a selector may look at: one KV head of one sequence, asked by one query head or by all
-// that share it. Its slices belong to the caller and are read-only but for Carry, Bounds and Scratch.
+// that share it. Its slices belong to the caller and are read-only but for Carry, Ranking and Scratch.
 type Row struct {
 	// Layer is the model's layer index, Head the KV head.
 	Layer, Head int
@@ -49,15 +49,9 @@ type Row struct {
 	// candidates, whatever their score.
 	PinFirst, PinCurrent bool
 
-	// Bounds, if the method has them, is set by Select to upper bounds on each query's logits before
-	// softcap, [n][chunks], for the chunks from that of First on: what the candidates' coverage is
-	// estimated from. It stays valid until the next Select with this Row.
-	Bounds [][]float32
-
-	// WantRanking asks a Ranker for the scores it ranks by. Ranking, [Len-First], then stays valid until the
-	// next Select with this Row, and may be changed.
-	WantRanking bool
-	Ranking     []float32
+	// Ranking is what a Ranker selected by: set by its Select, unless every token is a candidate, and
+	// valid until the next Select with this Row. It must be empty before.
+	Ranking Ranking
 
 	// Scratch is reused by the method from call to call with this Row.
 	Scratch Scratch
@@ -65,7 +59,9 @@ type Row struct {
 
 // Scratch is memory that a method reuses between calls with one Row.
 type Scratch struct {
-	F32    []float32
-	I32    []int32
-	Unused []int32 // what a wrapper selects for the ranking's sake
+	F32 []float32
+	I32 []int32
+	// A wrapper's own: what it selects only to see the ranking, and weights.
+	Unused  []int32
+	Weights []float32
 }

@@ -1,21 +1,12 @@
 package selector
 
-// Scale is what a Ranker's scores are on.
-type Scale uint8
-
-// The scales.
-const (
-	// Logits: scores of a single query estimate its logits, or bound them.
-	Logits Scale = iota + 1
-	// Weights: scores are softmax weights, up to a factor, of all the row's queries together.
-	Weights
-)
-
-// Ranker is a Selector that tells how it ranks: its Select sets Row.Ranking where that is wanted, or
-// Row.Bounds if it ranks chunks, and neither if there is nothing to rank.
-type Ranker interface {
+// Weigher is a Selector that knows how the attention of a row is spread over its tokens, other than by the
+// scores of a Ranker, which estimate logits or bound them.
+type Weigher interface {
 	Selector
-	Ranks() Scale
+	// Weights writes the attention that the valid positions get of the row's queries to weights, [Len-First],
+	// up to a factor. None is negative.
+	Weights(weights []float32, row *Row)
 }
 
 // Allocator is a Selector that shares a layer's budget out among the lists of a sequence. Before rows are

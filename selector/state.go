@@ -1,13 +1,13 @@
 package selector
 
-// Stateful is a Selector that builds on what came before. The device keeps what it needs, hands it over
-// in the Row, and counts its bytes with the shadow's.
+// Stateful is a Selector that builds on other layers, other steps, or other rows of the layer. The device
+// keeps what it needs, hands it over in the Row, and counts its bytes with the shadow's.
 type Stateful interface {
 	Selector
 	Needs() Needs
 }
 
-// Needs is what of the past a selector wants to see. Its zero value is that of all other selectors.
+// Needs is what a selector wants of a device besides a shadow. Its zero value is that of most selectors.
 type Needs struct {
 	Carry  bool // Row.Carry
 	Scores bool // Row.Scores

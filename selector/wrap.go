@@ -18,7 +18,7 @@ type Wrapper interface {
 
 // CheckWrapped reports what is wrong with the selector that a wrapper names.
 func CheckWrapped(wrapped *registry.Stage[Config]) error {
-	if wrapped.Type == "" {
+	if wrapped.Config == nil {
 		return fault.Newf(fault.Invalid, "selector", "selector is missing: name the one that is to get the budgets")
 	}
 	if err := wrapped.Config.Validate(); err != nil {

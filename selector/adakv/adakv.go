@@ -8,7 +8,6 @@ import (
 	"github.com/twilight-sidecar/twilight/attention"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/registry"
-	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/selector"
 )
 
@@ -49,7 +48,9 @@ func (c *Config) Validate() error {
 	if err := selector.CheckWrapped(&c.Selector); err != nil {
 		return err
 	}
-	if _, ok := c.Selector.Config.New().(selector.Ranker); !ok {
+	inner := c.Selector.Config.New()
+	_, ranks := inner.(selector.Ranker)
+	if _, weighs := inner.(selector.Weigher); !ranks && !weighs {
 		return fault.Newf(fault.Invalid, "selector.type",
 			"selector %q ranks no tokens by which budgets could be shared out: take one that does", c.Selector.Type)
 	}
@@ -58,13 +59,11 @@ func (c *Config) Validate() error {
 
 // New implements selector.Config.
 func (c *Config) New() selector.Selector {
-	inner := c.Selector.Config.New()
-	return adaKV{selector.Wrapped{Selector: inner}, inner.(selector.Ranker).Ranks(), *c}
+	return adaKV{selector.Wrapped{Selector: c.Selector.Config.New()}, *c}
 }
 
 type adaKV struct {
 	selector.Wrapped
-	scale  selector.Scale
 	config Config
 }
 
@@ -88,43 +87,44 @@ func (a adaKV) Weigh(weights []float32, row *selector.Row) (mean int) {
 	if mean >= len(weights) {
 		return mean
 	}
-	clear(weights)
 	queries := row.Queries
-	if a.scale == selector.Weights {
-		add(weights, a.rank(row), float32(len(queries)))
+	if weigher, ok := a.Selector.(selector.Weigher); ok {
+		f32 := row.Scratch.Floats(len(weights))
+		weigher.Weights(f32, row)
+		clear(weights)
+		add(weights, f32, float32(len(queries)))
 		return mean
 	}
+	clear(weights)
 	for h := range queries {
 		row.Queries = queries[h : h+1]
-		logits := a.rank(row)
-		if len(logits) > 0 {
-			attention.Exp(logits, vek32.Max(logits))
-		}
-		add(weights, logits, 1)
+		add(weights, a.softmax(row), 1)
 	}
 	row.Queries = queries
 	return mean
 }
 
-// rank returns the finite scores by which the wrapped selector ranks the row's valid positions; none if it
-// does not.
-func (a adaKV) rank(row *selector.Row) []float32 {
-	row.WantRanking, row.Ranking, row.Bounds = true, row.Ranking[:0], row.Bounds[:0]
+// softmax returns weights of the row's valid positions, [Len-First], by the scores that the wrapped selector
+// ranks them by, up to a factor; none if it does not rank them.
+func (a adaKV) softmax(row *selector.Row) []float32 {
+	first, current := row.PinFirst, row.PinCurrent
+	row.PinFirst, row.PinCurrent = false, false
+	row.Ranking.Reset()
 	row.Scratch.Unused = a.SelectBudget(row.Scratch.Unused[:0], row, 1)
-	row.WantRanking = false
-	if len(row.Bounds) > 0 {
-		first := row.First / kv.ChunkTokens
-		for p := row.First; p < row.Len; p++ {
-			row.Ranking = append(row.Ranking, row.Bounds[0][p/kv.ChunkTokens-first])
-		}
-		row.Bounds = row.Bounds[:0]
+	row.PinFirst, row.PinCurrent = first, current
+	r := &row.Ranking
+	if len(r.Scores) == 0 {
+		return nil
 	}
-	for i, score := range row.Ranking {
-		if score-score != 0 {
-			row.Ranking[i] = math.MaxFloat32
-		}
+	attention.Exp(r.Scores, vek32.Max(r.Scores))
+	if r.Unit == 1 {
+		return r.Scores
 	}
-	return row.Ranking
+	row.Scratch.Weights = row.Scratch.Weights[:0]
+	for p := row.First; p < row.Len; p++ {
+		row.Scratch.Weights = append(row.Scratch.Weights, r.Scores[p/r.Unit-row.First/r.Unit])
+	}
+	return row.Scratch.Weights
 }
 
 // add adds to weights the scores, scaled to a sum; evenly where scores tell nothing.

@@ -88,10 +88,10 @@ func TestWeigh(t *testing.T) {
 			alone.Scratch = selector.Scratch{}
 			inner.New().Select(nil, &alone)
 			bounds = func(h int) []float32 {
-				if len(alone.Bounds) == 0 {
+				if len(alone.Ranking.Bounds) == 0 {
 					return nil
 				}
-				return alone.Bounds[h]
+				return alone.Ranking.Bounds[h]
 			}
 		case "h2o":
 			inner = h2o.Default()
@@ -103,7 +103,7 @@ func TestWeigh(t *testing.T) {
 		a := wrapping(name, inner, budget, .2)
 		got := make([]float32, n)
 		mean := a.Weigh(got, &e.Row)
-		if want := e.Budget(budget, -1); mean != want || e.TokenBudget != own || len(e.Queries) != queries || e.WantRanking {
+		if want := e.Budget(budget, -1); mean != want || e.TokenBudget != own || len(e.Queries) != queries {
 			t.Fatalf("mean %d, want %d, or the row has changed: %+v", mean, want, e.Row)
 		}
 		if mean < n {
@@ -134,8 +134,10 @@ func TestWeigh(t *testing.T) {
 				}
 			}
 		}
+		e.Ranking.Reset()
 		selected := a.Select([]int32{-7}, &e.Row)
 		e.TokenBudget = mean
+		e.Ranking.Reset()
 		if want := inner.New().Select([]int32{-7}, &e.Row); !slices.Equal(selected, want) {
 			t.Fatalf("selected %v, want %v", selected, want)
 		}

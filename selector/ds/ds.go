@@ -43,8 +43,8 @@ func (d ds) Fits(layer int, g *kv.Geometry) error {
 	return nil
 }
 
-// Ranks implements selector.Ranker.
-func (ds) Ranks() selector.Scale { return selector.Logits }
+// Unit implements selector.Ranker.
+func (ds) Unit() int { return 1 }
 
 // Select implements selector.Selector.
 func (d ds) Select(dst []int32, row *selector.Row) []int32 {

@@ -40,15 +40,20 @@ func (c *Config) New() selector.Selector { return h2o{*c} }
 
 type h2o struct{ Config }
 
-var _ selector.Stateful = h2o{}
+var (
+	_ selector.Stateful = h2o{}
+	_ selector.Weigher  = h2o{}
+)
 
 func (h2o) Shadow() kv.Shadow { return nil }
 
 // Needs implements selector.Stateful.
 func (h2o) Needs() selector.Needs { return selector.Needs{Scores: true} }
 
-// Ranks implements selector.Ranker.
-func (h2o) Ranks() selector.Scale { return selector.Weights }
+// Weights implements selector.Weigher.
+func (h2o) Weights(weights []float32, row *selector.Row) {
+	copy(weights, row.Scores[row.First:row.Len])
+}
 
 // Select implements selector.Selector.
 func (h h2o) Select(dst []int32, row *selector.Row) []int32 {
@@ -63,8 +68,6 @@ func (h h2o) Select(dst []int32, row *selector.Row) []int32 {
 		scores[i] = math.MaxFloat32
 	}
 	dst = selector.Top(dst, row, scores, budget)
-	if row.WantRanking {
-		copy(row.Ranking, row.Scores[row.First:row.Len]) // without regard to what is recent
-	}
+	row.Ranking.Reset() // which is not by this step's attention
 	return dst
 }

@@ -31,8 +31,8 @@ type oracle struct{ Config }
 
 func (oracle) Shadow() kv.Shadow { return nil }
 
-// Ranks implements selector.Ranker.
-func (oracle) Ranks() selector.Scale { return selector.Logits }
+// Unit implements selector.Ranker.
+func (oracle) Unit() int { return 1 }
 
 // Select implements selector.Selector.
 func (o oracle) Select(dst []int32, row *selector.Row) []int32 {

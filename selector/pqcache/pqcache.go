@@ -19,9 +19,6 @@ var _ selector.Fitter = pqcache{}
 
 func (p pqcache) Shadow() kv.Shadow { return p.codes }
 
-// Ranks implements selector.Ranker.
-func (pqcache) Ranks() selector.Scale { return selector.Logits }
-
 // Fits implements selector.Fitter.
 func (p pqcache) Fits(_ int, g *kv.Geometry) error {
 	if p.codes.m > g.KDim {
@@ -30,6 +27,9 @@ func (p pqcache) Fits(_ int, g *kv.Geometry) error {
 	}
 	return nil
 }
+
+// Unit implements selector.Ranker.
+func (pqcache) Unit() int { return 1 }
 
 // Select implements selector.Selector.
 func (p pqcache) Select(dst []int32, row *selector.Row) []int32 {

@@ -47,9 +47,6 @@ var _ selector.Fitter = sparq{}
 
 func (sparq) Shadow() kv.Shadow { return nil }
 
-// Ranks implements selector.Ranker.
-func (sparq) Ranks() selector.Scale { return selector.Logits }
-
 // Fits implements selector.Fitter.
 func (s sparq) Fits(_ int, g *kv.Geometry) error {
 	if s.R > g.KDim {
@@ -57,6 +54,9 @@ func (s sparq) Fits(_ int, g *kv.Geometry) error {
 	}
 	return nil
 }
+
+// Unit implements selector.Ranker.
+func (sparq) Unit() int { return 1 }
 
 // Select implements selector.Selector.
 func (s sparq) Select(dst []int32, row *selector.Row) []int32 {

@@ -79,6 +79,7 @@ func (t tidal) Select(dst []int32, row *selector.Row) []int32 {
 	row.Sum(query)
 	selector.Exact(scores, row, query, f32)
 	carry.Layer, carry.List = row.Layer, selector.Top(carry.List[:0], row, scores, budget)
+	row.Ranking.Reset() // for all are candidates here
 	return selector.All(dst, row)
 }
 
