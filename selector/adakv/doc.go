@@ -15,7 +15,7 @@
 // The original weighs by the attention of a prompt's last queries, once. Here each step's own query is
 // weighed, by the wrapped selector's estimates, a softmax over the row for each query head: true logits
 // (oracle_topk), those of some channels (sparq, ds: flatter than the truth) or of codes (pqcache), and for
-// quest its bounds, of which all tokens of a chunk have the same; model's softcap is left out. The weights of
+// quest its bounds, of which all tokens of a chunk have the same. A softcap is left out. The weights of
 // h2o are its scores, which are accumulated attention, as the original's are.
 //
 // Memory: 4 bytes for each token, KV head and list of a batch, while a layer runs. Cost: the wrapped
