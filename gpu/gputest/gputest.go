@@ -30,6 +30,13 @@ type Option func(*suite)
 // by as much. Without it there is none.
 func Slack(share float64) Option { return func(s *suite) { s.slack = share } }
 
+// Extrapolation allows that mass and coverage of rows whose other tokens' weight is extrapolated differ by
+// this from the reference's: a fitted line amplifies what a device rounds differently, most where softcap
+// draws its points together.
+func Extrapolation(tolerance float64) Option {
+	return func(s *suite) { s.extrapolation = tolerance }
+}
+
 // Run runs the suite. newDevice makes a device that it closes when the test ends. What the device does
 // not declare in its Info is skipped, and nothing else.
 func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, options ...Option) {
@@ -86,8 +93,9 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 
 // suite is what a test runs on.
 type suite struct {
-	device gpu.Device
-	info   gpu.Info
-	memory Memory
-	slack  float64
+	device        gpu.Device
+	info          gpu.Info
+	memory        Memory
+	slack         float64
+	extrapolation float64
 }
