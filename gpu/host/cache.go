@@ -25,6 +25,7 @@ type cache struct {
 	taken               uint64  // of the device's bytes
 	selector, estimator *shadow // nil for a method that keeps nothing
 	job                 *job
+	armed               *armer
 	indexing            indexing
 	call                call
 	// Methods bound once, so that calls allocate nothing.
@@ -55,6 +56,9 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
 	if err := c.tracker.Step(step); err != nil {
 		return err
 	}
@@ -74,6 +78,9 @@ func (c *cache) Index(ctx context.Context) (kv.IndexStats, error) {
 	defer c.lease.mu.Unlock()
 	var stats kv.IndexStats
 	if err := c.usable(ctx); err != nil {
+		return stats, err
+	}
+	if err := c.armed.idle(); err != nil {
 		return stats, err
 	}
 	if !c.stepped {
@@ -175,6 +182,7 @@ func (c *cache) indexChunk(worker, i int) error {
 }
 
 func (c *cache) Close() error {
+	c.armed.close()
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	return c.free()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"math/bits"
 	"slices"
@@ -150,8 +151,17 @@ func (l *lease) usable(ctx context.Context) error {
 // Close implements gpu.Lease.
 func (l *lease) Close() error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.closed = true
+	caches := slices.Collect(maps.Keys(l.caches))
+	l.mu.Unlock()
+	for _, c := range caches {
+		c.armed.cancelAll(errClosed) // all at once, then one by one
+	}
+	for _, c := range caches {
+		c.armed.close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var errs []error
 	for c := range l.caches {
 		errs = append(errs, c.free())
@@ -275,6 +285,7 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	}
 	c.selector, arena = carve(l.selector, g, p.chunks, arena)
 	c.estimator, _ = carve(l.estimator, g, p.chunks, arena)
+	c.armed = newArmer(c)
 	c.trainTask, c.indexTask, c.queryTask, c.attendTask = c.trainHead, c.indexChunk, c.readQuery, c.attend
 	return c, nil
 }

@@ -1,0 +1,482 @@
+package host
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/armed"
+	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/kv"
+)
+
+// armer runs the armed steps of a cache, one after another, on a goroutine of its own. While that waits
+// for a word it holds neither the lease's lock nor a worker, but a thread.
+//
+// A step that ends leaves the queue in the same hold of the lease's lock in which the last of its words
+// is written: whoever has seen that word can arm another and release what this one used.
+type armer struct {
+	cache *cache
+	more  chan struct{} // holds an item when there may be something to do
+
+	// The lease's lock guards these.
+	slots   [gpu.MaxArmed + 1]armedStep // for those armed, and one that ends
+	running *armedStep                  // the queue's first, or one that has just left it
+	ended   chan struct{}               // closed when the goroutine has ended; nil before the first step
+	closed  bool
+
+	// mu alone lets one cancel what runs, which has the lease's lock. To write, both are held, the lease's
+	// first; to read, either.
+	mu    sync.Mutex
+	queue []*armedStep
+	// ctx ends the layer that runs. It is renewed once it did.
+	ctx    context.Context
+	cancel context.CancelFunc
+
+	// What follows belongs to the goroutine.
+	begun   bool // the step that runs
+	results []gpu.LayerResult
+	answer  gpu.ArmedResult
+}
+
+// armedStep is an armed step. Its memory is reused.
+type armedStep struct {
+	id            uint32
+	batch         kv.Step
+	begun, status *armed.Word
+	words         [2]extent // of begun and status
+	layers        []armedLayer
+	timeout       time.Duration
+	done          func(*gpu.ArmedResult)
+
+	// cause, once set, ends the step; the first one counts. It has no lock, as waits look at it.
+	cause   atomic.Pointer[fault.Error]
+	waiting atomic.Pointer[armed.Word]
+	stopped func() bool // is cause set
+}
+
+type armedLayer struct {
+	ready, done   *armed.Word
+	words         [2]extent
+	query, output gpu.Tensor
+	list          gpu.ListBuffer
+	request       gpu.LayerRequest
+	queryAt       extent
+	outputAt      tensor
+	lists, counts extent
+}
+
+func newArmer(c *cache) *armer {
+	a := &armer{cache: c, more: make(chan struct{}, 1)}
+	for i := range a.slots {
+		s := &a.slots[i]
+		s.stopped = func() bool { return s.cause.Load() != nil }
+	}
+	return a
+}
+
+// idle refuses what cannot be done while steps are armed.
+func (a *armer) idle() error {
+	if len(a.queue) > 0 {
+		return fault.Newf(fault.Precondition, "step_id",
+			"step %d of the cache is armed: wait for its end or cancel it", a.queue[0].id)
+	}
+	return nil
+}
+
+// uses tells whether an armed step does anything in m.
+func (a *armer) uses(m *memory) bool {
+	return slices.ContainsFunc(a.queue, func(s *armedStep) bool {
+		uses := s.words[0].memory == m || s.words[1].memory == m
+		for i := range s.layers {
+			l := &s.layers[i]
+			for _, e := range [...]extent{l.words[0], l.words[1], l.queryAt, l.outputAt.extent, l.lists, l.counts} {
+				uses = uses || e.memory == m
+			}
+		}
+		return uses
+	})
+}
+
+// Arm implements gpu.Cache.
+func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
+	c.lease.mu.Lock()
+	defer c.lease.mu.Unlock()
+	if err := c.usable(ctx); err != nil {
+		return err
+	}
+	a := c.armed
+	switch {
+	case a.closed || c.lease.closed:
+		return errClosed
+	case step.ID == 0:
+		return fault.Newf(fault.Invalid, "step_id", "has 0 in its low 32 bits, which says that no step has begun: skip it")
+	case step.WaitTimeout < 0 || step.WaitTimeout > gpu.MaxWaitTimeout:
+		return fault.Newf(fault.OutOfRange, "armed.wait_timeout_ms", "%v must be in [0, %v]", step.WaitTimeout, gpu.MaxWaitTimeout)
+	case len(a.queue) == gpu.MaxArmed:
+		return fault.Exhaustedf("armed", 1, 0, "%d steps of the cache are armed: wait for the first to end", gpu.MaxArmed)
+	}
+	s := a.free()
+	if err := c.fill(s, step); err != nil {
+		return err
+	}
+	// Behind another step the batch is only checked: that one still needs its own.
+	declare := c.tracker.Check
+	if len(a.queue) == 0 {
+		declare = c.tracker.Step
+	}
+	if err := declare(step.Step); err != nil {
+		return err
+	}
+	c.stepped = true
+	s.batch.Copy(step.Step)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.queue = append(a.queue, s)
+	if a.ended == nil {
+		a.ended = make(chan struct{})
+		a.ctx, a.cancel = context.WithCancel(context.Background())
+		go a.work()
+	}
+	a.signal()
+	return nil
+}
+
+func (a *armer) signal() {
+	select {
+	case a.more <- struct{}{}:
+	default:
+	}
+}
+
+// free is a slot that no step has.
+func (a *armer) free() *armedStep {
+	for i := range a.slots {
+		if s := &a.slots[i]; s != a.running && !slices.Contains(a.queue, s) {
+			return s
+		}
+	}
+	return new(armedStep) // there is one more than steps
+}
+
+// fill checks all of a step but its batch.
+func (c *cache) fill(s *armedStep, step *gpu.ArmedStep) (err error) {
+	s.id, s.timeout, s.done = step.ID, cmp.Or(step.WaitTimeout, gpu.DefaultWaitTimeout), step.Done
+	s.cause.Store(nil)
+	s.waiting.Store(nil)
+	if s.begun, s.words[0], err = c.lease.word(step.Begun, "armed.step"); err != nil {
+		return err
+	}
+	if s.status, s.words[1], err = c.lease.word(step.Status, "armed.status"); err != nil {
+		return err
+	}
+	s.layers = sized(s.layers, len(step.Layers))
+	for i := range step.Layers {
+		if err := c.fillLayer(s, step, i); err != nil {
+			return fault.In(fmt.Sprintf("armed.layers[%d]", i), err)
+		}
+	}
+	return nil
+}
+
+func (c *cache) fillLayer(s *armedStep, step *gpu.ArmedStep, i int) (err error) {
+	g, l, from, rows := &c.lease.geometry, &s.layers[i], &step.Layers[i], len(step.Step.Lengths)
+	if _, err := c.index(from.Layer, "layer"); err != nil {
+		return err
+	}
+	for j := range i {
+		if step.Layers[j].Layer == from.Layer {
+			return fault.Newf(fault.Invalid, "layer", "layer %d is that of layers[%d] already: name each once", from.Layer, j)
+		}
+	}
+	if l.ready, l.words[0], err = c.lease.word(from.Ready, "ready"); err != nil {
+		return err
+	}
+	if l.done, l.words[1], err = c.lease.word(from.Done, "done"); err != nil {
+		return err
+	}
+	l.query, l.output = from.Query, from.Output
+	l.request = gpu.LayerRequest{Layer: from.Layer, Query: &l.query, Output: &l.output}
+	for _, t := range []*gpu.Tensor{&l.query, &l.output} {
+		if t.Memory == nil {
+			return fault.Newf(fault.Invalid, "", "query and output must lie in regions")
+		}
+	}
+	query, err := c.lease.tensor(&l.query, rows, g.QueryHeads, g.KDim, g.Query, &queryField)
+	if err != nil {
+		return armedFields(err)
+	}
+	l.queryAt = query.extent
+	if l.outputAt, err = c.lease.tensor(&l.output, rows, g.QueryHeads, g.VDim, g.Output, &outputField); err == nil {
+		err = c.lease.writable(l.outputAt.extent)
+	}
+	if err != nil {
+		return armedFields(err)
+	}
+	l.lists, l.counts = extent{}, extent{}
+	if from.ListBuffer != nil {
+		l.list = *from.ListBuffer
+		l.request.ListBuffer = &l.list
+		check := call{request: &l.request}
+		if err := c.prepareLists(&check, rows); err != nil {
+			return armedFields(err)
+		}
+		l.lists, l.counts = check.lists, check.counts
+	}
+	return nil
+}
+
+// armedFields names fields as ArmedLayer does, not as Layer.
+func armedFields(err error) error {
+	var e *fault.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	renamed := *e
+	for _, name := range [...]struct{ layer, armed string }{
+		{"query_tensor", "query"}, {"output_tensor", "output"}, {"list_buffer", "lists"},
+	} {
+		if rest, ok := strings.CutPrefix(e.Field, name.layer); ok {
+			renamed.Field = name.armed + rest
+		}
+	}
+	return &renamed
+}
+
+// word finds a word that both sides write.
+func (l *lease) word(at gpu.Span, field string) (*armed.Word, extent, error) {
+	e, data, err := l.locate(at.Memory, at.Offset, armed.WordBytes, armed.WordBytes, field)
+	if err != nil {
+		return nil, e, err
+	}
+	return armed.At(data), e, l.writable(e)
+}
+
+// close fails what is armed and waits until nothing runs.
+func (a *armer) close() {
+	a.cancelAll(errClosed)
+	l := a.cache.lease
+	l.mu.Lock()
+	a.closed = true
+	ended := a.ended
+	a.signal()
+	l.mu.Unlock()
+	if ended != nil {
+		<-ended
+	}
+}
+
+func (a *armer) cancelAll(cause *fault.Error) {
+	a.cancelFrom(func(*armedStep) bool { return true }, cause)
+}
+
+// CancelArmed implements gpu.Cache.
+func (c *cache) CancelArmed(id uint32) {
+	c.armed.cancelFrom(func(s *armedStep) bool { return s.id == id }, errCancelled)
+}
+
+// cancelFrom ends the first step that is one, and those behind it.
+func (a *armer) cancelFrom(is func(*armedStep) bool, cause *fault.Error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	first := slices.IndexFunc(a.queue, is)
+	if first < 0 {
+		return
+	}
+	for i, s := range a.queue[first:] {
+		if !s.cause.CompareAndSwap(nil, cause) {
+			continue
+		}
+		if first+i == 0 {
+			a.cancel()
+		}
+		if w := s.waiting.Load(); w != nil {
+			w.Stop()
+		}
+	}
+}
+
+var errCancelled = fault.Newf(fault.Cancelled, "", "the step was cancelled")
+
+// work is the goroutine that runs the cache's armed steps.
+func (a *armer) work() {
+	defer close(a.ended)
+	debug.SetPanicOnFault(true) // lent memory can vanish
+	for {
+		a.cache.lease.mu.Lock()
+		a.running = nil
+		if len(a.queue) > 0 {
+			a.running = a.queue[0]
+		}
+		s, closed := a.running, a.closed
+		a.cache.lease.mu.Unlock()
+		switch {
+		case s != nil:
+			a.begun, a.answer = false, gpu.ArmedResult{ID: s.id}
+			if err := a.try(func() error { return a.run(s) }); err != nil {
+				a.fail(s, err)
+			}
+		case closed:
+			a.cancel()
+			return
+		default:
+			<-a.more
+		}
+	}
+}
+
+// run runs a step and answers it. An error means that neither is finished.
+func (a *armer) run(s *armedStep) error {
+	done := s.done
+	if err := a.await(s, s.begun, s.id, "armed.step"); err != nil {
+		return err
+	}
+	a.begun = true
+	for i := range s.layers {
+		l := &s.layers[i]
+		if err := a.await(s, l.ready, 1, "armed.layers[%d].ready", i); err != nil {
+			return err
+		}
+		if err := a.layer(s, i); err != nil {
+			return err
+		}
+	}
+	a.answer.Layers = a.results[:len(s.layers)]
+	done(&a.answer)
+	return nil
+}
+
+// layer runs layer i of a step and rings.
+func (a *armer) layer(s *armedStep, i int) error {
+	c, l := a.cache, &s.layers[i]
+	if more := len(s.layers) - len(a.results); more > 0 {
+		a.results = append(a.results, make([]gpu.LayerResult, more)...)
+	}
+	c.lease.mu.Lock()
+	defer c.lease.mu.Unlock()
+	if cause := s.cause.Load(); cause != nil {
+		return cause
+	}
+	if s.status.Load() != 0 {
+		return fault.Newf(fault.Cancelled, "armed.status", "the engine gave the step up")
+	}
+	if err := c.layer(a.ctx, &l.request, &a.results[i]); err != nil {
+		if cause := s.cause.Load(); cause != nil {
+			return cause
+		}
+		return fault.In(fmt.Sprintf("armed.layers[%d]", i), armedFields(err))
+	}
+	a.answer.Layers = a.results[:i+1]
+	if i == len(s.layers)-1 {
+		a.leave()
+	}
+	l.done.Ring(1)
+	return nil
+}
+
+// leave takes the first step out of the queue and makes the next one's batch current.
+func (a *armer) leave() {
+	a.mu.Lock()
+	a.queue = slices.Delete(a.queue, 0, 1)
+	if a.ctx.Err() != nil {
+		a.ctx, a.cancel = context.WithCancel(context.Background())
+	}
+	a.mu.Unlock()
+	if len(a.queue) > 0 {
+		next := a.queue[0]
+		// It was checked against what this step left, which nothing has changed since.
+		if err := a.cache.tracker.Step(&next.batch); err != nil {
+			next.cause.CompareAndSwap(nil, fault.Newf(fault.Internal, "", "the batch is refused after it was accepted (%v): report it", err))
+		}
+	}
+}
+
+// await waits until a word is v.
+func (a *armer) await(s *armedStep, w *armed.Word, v uint32, field string, args ...any) error {
+	s.waiting.Store(w)
+	defer s.waiting.Store(nil)
+	if w.Await(v, s.timeout, s.stopped) {
+		return nil
+	}
+	if cause := s.cause.Load(); cause != nil {
+		return cause
+	}
+	return fault.Newf(fault.Deadline, fmt.Sprintf(field, args...), "was not rung within %v", s.timeout)
+}
+
+// fail ends a step and all behind it.
+func (a *armer) fail(s *armedStep, err error) {
+	c := a.cache
+	c.lease.mu.Lock()
+	err = c.lease.explain(err, s.allWords()...)
+	if a.begun {
+		kind := fault.Internal
+		errors.As(err, &kind)
+		// It fails again if the lent memory is gone, and nobody is there to be told.
+		_ = a.try(func() error { c.poison(s, len(a.answer.Layers), kind.Code()); return nil })
+	}
+	behind := fault.Newf(fault.Cancelled, "", "step %d, which was armed before it, failed", s.id)
+	var failed [gpu.MaxArmed]*armedStep
+	n := copy(failed[:], a.queue)
+	for len(a.queue) > 0 {
+		a.leave()
+	}
+	c.lease.mu.Unlock()
+
+	a.answer.Err = err
+	for i, f := range failed[:n] {
+		if i > 0 {
+			a.answer = gpu.ArmedResult{ID: f.id, Err: behind}
+		}
+		f.done(&a.answer)
+	}
+}
+
+// allWords are where a step's words lie.
+func (s *armedStep) allWords() []extent {
+	all := s.words[:]
+	for i := range s.layers {
+		for _, e := range s.layers[i].words {
+			e.field = fmt.Sprintf("armed.layers[%d].%s", i, e.field)
+			all = append(all, e)
+		}
+	}
+	return all
+}
+
+// poison says that a step failed and releases the engine from the layers that are not done.
+func (c *cache) poison(s *armedStep, done int, code uint32) {
+	s.status.Fail(code)
+	g := &c.lease.geometry
+	vector := make([]byte, g.VDim*g.Output.Size())
+	g.Output.Encode(vector, slices.Repeat([]float32{float32(math.NaN())}, g.VDim))
+	for i := done; i < len(s.layers); i++ {
+		for b := range s.batch.Lengths {
+			for h := range g.QueryHeads {
+				copy(s.layers[i].outputAt.at(b, h), vector)
+			}
+		}
+	}
+	for i := done; i < len(s.layers); i++ {
+		s.layers[i].done.Ring(1)
+	}
+}
+
+// try calls f and makes an error of its panic.
+func (a *armer) try(f func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = newCrash(r)
+		}
+	}()
+	return f()
+}
