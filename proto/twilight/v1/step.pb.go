@@ -683,6 +683,12 @@ type Armed struct {
 	Status *Location `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
 	// Milliseconds that the daemon waits for any one word; 0 takes the default, 5000.
 	WaitTimeoutMs uint32 `protobuf:"varint,4,opt,name=wait_timeout_ms,json=waitTimeoutMs,proto3" json:"wait_timeout_ms,omitempty"`
+	// Layers, step and status are those of the last step that was armed on the cache: what a captured graph
+	// has need not be said in each step, nor read by the daemon. Refused (FAILED_PRECONDITION) where there is
+	// none, another was refused since, or a region that it names was released or replaced.
+	AsBefore bool `protobuf:"varint,5,opt,name=as_before,json=asBefore,proto3" json:"as_before,omitempty"`
+	// ArmedStepDone brings the layers' results.
+	LayerResults  bool `protobuf:"varint,6,opt,name=layer_results,json=layerResults,proto3" json:"layer_results,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -743,6 +749,20 @@ func (x *Armed) GetWaitTimeoutMs() uint32 {
 		return x.WaitTimeoutMs
 	}
 	return 0
+}
+
+func (x *Armed) GetAsBefore() bool {
+	if x != nil {
+		return x.AsBefore
+	}
+	return false
+}
+
+func (x *Armed) GetLayerResults() bool {
+	if x != nil {
+		return x.LayerResults
+	}
+	return false
 }
 
 type ArmedLayer struct {
@@ -1053,10 +1073,10 @@ func (*StepCancelled) Descriptor() ([]byte, []int) {
 type ArmedStepDone struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	StepId uint64                 `protobuf:"varint,1,opt,name=step_id,json=stepId,proto3" json:"step_id,omitempty"`
-	// Set if the step failed; its field is a path within the step.
+	// Set if the step failed. Its field is a path as in "step.armed.layers[3].ready".
 	Error *Error `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// In the order of Armed.layers, without outputs and inline lists: all of them, or those that were done
-	// before the step failed.
+	// If Armed.layer_results, in the order of Armed.layers, without outputs and inline lists: all of them, or
+	// those that were done before the step failed.
 	Layers        []*LayerResult `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`
 	CacheId       uint32         `protobuf:"varint,4,opt,name=cache_id,json=cacheId,proto3" json:"cache_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1857,12 +1877,15 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"\vfirst_valid\x18\a \x01(\v2\x15.twilight.v1.LocationR\n" +
 	"firstValid\x12&\n" +
 	"\n" +
-	"max_length\x18\b \x01(\rB\a\xbaH\x04*\x02(\x01R\tmaxLength\"\xe2\x01\n" +
-	"\x05Armed\x12<\n" +
-	"\x06layers\x18\x01 \x03(\v2\x17.twilight.v1.ArmedLayerB\v\xbaH\b\x92\x01\x05\b\x01\x10\x80 R\x06layers\x121\n" +
-	"\x04step\x18\x02 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x04step\x125\n" +
-	"\x06status\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x06status\x121\n" +
-	"\x0fwait_timeout_ms\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\xe0\xd4\x03R\rwaitTimeoutMs\"\xa1\x02\n" +
+	"max_length\x18\b \x01(\rB\a\xbaH\x04*\x02(\x01R\tmaxLength\"\x80\x04\n" +
+	"\x05Armed\x12:\n" +
+	"\x06layers\x18\x01 \x03(\v2\x17.twilight.v1.ArmedLayerB\t\xbaH\x06\x92\x01\x03\x10\x80 R\x06layers\x12)\n" +
+	"\x04step\x18\x02 \x01(\v2\x15.twilight.v1.LocationR\x04step\x12-\n" +
+	"\x06status\x18\x03 \x01(\v2\x15.twilight.v1.LocationR\x06status\x121\n" +
+	"\x0fwait_timeout_ms\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\xe0\xd4\x03R\rwaitTimeoutMs\x12\x1b\n" +
+	"\tas_before\x18\x05 \x01(\bR\basBefore\x12#\n" +
+	"\rlayer_results\x18\x06 \x01(\bR\flayerResults:\xeb\x01\xbaH\xe7\x01\x1a\xe4\x01\n" +
+	"\x0farmed.as_before\x12Alayers, step and status must be given, or left out with as_before\x1a\x8d\x01this.as_before ? size(this.layers) == 0 && !has(this.step) && !has(this.status) : size(this.layers) > 0 && has(this.step) && has(this.status)\"\xa1\x02\n" +
 	"\n" +
 	"ArmedLayer\x12\x14\n" +
 	"\x05layer\x18\x01 \x01(\rR\x05layer\x123\n" +
