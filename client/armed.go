@@ -370,8 +370,7 @@ func (a *Armed) fail(err error, tell bool) {
 			w.Stop()
 		}
 		if tell {
-			step := Step{cache: s.cache, lease: s.lease, id: s.id}
-			go func() { _ = step.Cancel(s.lease.stream.Context()) }() // ends with the lease at the latest
+			go s.lease.post(cancelRequest(s.cache.id, s.id)) // ends with the lease at the latest
 		}
 	}
 }

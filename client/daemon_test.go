@@ -45,7 +45,7 @@ func TestMain(m *testing.M) {
 }
 
 // process starts a daemon in a process of its own.
-func process(t *testing.T, path string) *exec.Cmd {
+func process(t testing.TB, path string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), daemonPath+"="+path)

@@ -108,8 +108,8 @@ func daemonDies(t *testing.T, sig syscall.Signal, moment string, from int, want 
 		}
 		err = a.Layer(next).Wait(t.Context())
 	}
-	if a != nil && !errors.Is(err, client.ErrLeaseLost) && !(sig == syscall.SIGTERM &&
-		(errors.Is(err, client.ErrDraining) || errors.Is(err, client.ErrCancelled))) {
+	told := sig == syscall.SIGTERM && (errors.Is(err, client.ErrDraining) || errors.Is(err, client.ErrCancelled))
+	if a != nil && !told && !errors.Is(err, client.ErrLeaseLost) {
 		t.Errorf("the engine's wait ended by %v", err)
 	}
 	_ = daemon.Wait()
@@ -223,9 +223,7 @@ func TestSilentEngines(t *testing.T) {
 	c := dial(t, "unix://"+path)
 	stopped, there := engineProcess(t, path, midStep)
 	there()
-	if err := stopped.Process.Signal(syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, stopped)
 	var silent []*armedEngine
 	for i := range engines {
 		s := newArmedEngine(t, c, nil)
@@ -267,9 +265,7 @@ func TestDaemonHangs(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := daemon.Process.Signal(syscall.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		stop(t, daemon)
 		if _, err := e.replay(a, 0); !errors.Is(err, client.ErrDeadline) {
 			t.Errorf("the wait for a daemon that hangs: %v", err)
 		}
@@ -281,6 +277,18 @@ func TestDaemonHangs(t *testing.T) {
 	}
 	if err := e.session.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// stop stops a process, and returns once it runs no more.
+func stop(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	if err := cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var status syscall.WaitStatus
+	if _, err := syscall.Wait4(cmd.Process.Pid, &status, syscall.WUNTRACED, nil); err != nil || !status.Stopped() {
+		t.Fatalf("not stopped: %v, %v", status, err)
 	}
 }
 

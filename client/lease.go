@@ -241,6 +241,21 @@ func (l *lease) start(
 	return c, nil
 }
 
+// post sends a request whose answer nobody waits for.
+func (l *lease) post(req *twilightv1.LeaseRequest) {
+	select {
+	case l.sending <- struct{}{}:
+		defer func() { <-l.sending }()
+	case <-l.done:
+		return
+	}
+	l.mu.Lock()
+	l.lastID++
+	req.RequestId = l.lastID
+	l.mu.Unlock()
+	_ = l.stream.Send(req)
+}
+
 // do sends a request and waits for its answer.
 func (l *lease) do(ctx context.Context, req *twilightv1.LeaseRequest) (*twilightv1.LeaseResponse, error) {
 	c, err := l.start(ctx, req, nil)

@@ -143,8 +143,12 @@ func (c *Cache) sendStep(ctx context.Context, l *lease, m *twilightv1.Step, refu
 
 // Cancel tells the daemon that no layer of the step follows. What it has indexed stays right.
 func (s *Step) Cancel(ctx context.Context) error {
-	_, err := s.lease.do(ctx, &twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_CancelStep{
-		CancelStep: &twilightv1.CancelStep{CacheId: s.cache.id, StepId: s.id},
-	}})
+	_, err := s.lease.do(ctx, cancelRequest(s.cache.id, s.id))
 	return err
+}
+
+func cancelRequest(cacheID uint32, stepID uint64) *twilightv1.LeaseRequest {
+	return &twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_CancelStep{
+		CancelStep: &twilightv1.CancelStep{CacheId: cacheID, StepId: stepID},
+	}}
 }
