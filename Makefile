@@ -119,6 +119,8 @@ describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and
 	grpcurl -plaintext -unix $$dir/s describe twilight.v1.TwilightService; \
 	grpcurl -plaintext -unix $$dir/s twilight.v1.TwilightService/GetCapabilities
 
+include gpu/cuda/cuda.mk
+
 .PHONY: ci
 ci: ## Run all that a change must pass
 	.ci/run

@@ -28,6 +28,14 @@ type Shadow interface {
 	Index(head, chunk []byte, keys []float32, dim int, valid, fresh uint16) (drifted bool)
 }
 
+// Seeder is a Shadow whose head records start from something else than zeros.
+type Seeder interface {
+	Shadow
+	// Seed writes the head record, zeros so far, that a KV head of a layer, by the model's index, starts
+	// with.
+	Seed(head []byte, layer, kvHead, dim int)
+}
+
 // Records reads a shadow's records for one (layer, KV head) of one sequence.
 type Records interface {
 	// Head returns the head record. Chunk returns the record of the sequence's chunk c. Both are

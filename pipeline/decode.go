@@ -107,6 +107,10 @@ func decode(m member, target any) error {
 		expected = "an integer"
 	case reflect.String:
 		expected = "a string"
+	case reflect.Map:
+		expected = "an object"
+	case reflect.Slice:
+		expected = "an array"
 	default:
 	}
 	return fault.Newf(fault.Invalid, m.key, "%s is %s, expected %s", m.key, clip(m.value), expected)

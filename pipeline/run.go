@@ -8,6 +8,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/attention"
+	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pruner"
 	"github.com/twilight-sidecar/twilight/selector"
@@ -40,6 +41,19 @@ func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
 func (p *Pipeline) Shadows() (selector, estimator kv.Shadow) {
 	return p.selector.Shadow(), p.estimator.Shadow()
 }
+
+// Fits reports what keeps the config from serving a layer, by the model's index, as a *fault.Error whose
+// field is the config's key at fault.
+func (p *Pipeline) Fits(layer int) error {
+	fitter, ok := p.selector.(selector.Fitter)
+	if !ok || p.skips(layer) {
+		return nil
+	}
+	return fault.In("selector", fitter.Fits(layer, &p.geometry))
+}
+
+// skips says whether all rows of a layer are dense, whatever the methods.
+func (p *Pipeline) skips(layer int) bool { return p.config.SkipFirstTwoLayers && layer < 2 }
 
 // Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
 // goroutine and one Pipeline.
@@ -102,7 +116,7 @@ func (p *Pipeline) denseReason(row *Row) Reason {
 	switch {
 	case c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
 		return Configured
-	case c.SkipFirstTwoLayers && row.Layer < 2:
+	case p.skips(row.Layer):
 		return SkippedLayer
 	case row.Len-row.First < c.DenseBelow:
 		return ShortContext

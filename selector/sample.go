@@ -14,12 +14,14 @@ type Sample struct {
 // Check reports sizes that do not fit each other.
 func (s *Sample) Check() error {
 	if s.Layer < 0 || s.KVHeads < 1 || s.Dim < 1 || s.QueryHeads < 1 || s.QueryHeads%s.KVHeads != 0 {
-		return fmt.Errorf("sample of layer %d with %d query heads, %d KV heads and %d channels, expected at least one of each and a multiple",
+		return fmt.Errorf(
+			"sample of layer %d with %d query heads, %d KV heads and %d channels, expected a positive multiple of heads",
 			s.Layer, s.QueryHeads, s.KVHeads, s.Dim)
 	}
 	tokens, n := s.Tokens(), s.Asking()
 	if n < 1 || tokens < n || len(s.Keys) != tokens*s.KVHeads*s.Dim || len(s.Queries) != n*s.QueryHeads*s.Dim {
-		return fmt.Errorf("sample of layer %d with %d values of keys and %d of queries, expected whole tokens and a key for each query",
+		return fmt.Errorf(
+			"sample of layer %d with %d values of keys and %d of queries, expected whole tokens and a key for each query",
 			s.Layer, len(s.Keys), len(s.Queries))
 	}
 	return nil

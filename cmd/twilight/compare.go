@@ -5,18 +5,22 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/internal/capture"
 	"github.com/twilight-sidecar/twilight/internal/replay"
+	"github.com/twilight-sidecar/twilight/selector/ds"
+	"github.com/twilight-sidecar/twilight/selector/duo"
 	"github.com/twilight-sidecar/twilight/testdata"
 )
 
 type compareCmd struct {
 	Target      string          `placeholder:"URL" help:"Where twilightd listens; without, a daemon in this process serves."`
 	Capture     string          `type:"existingfile" placeholder:"FILE" help:"Keys, values and queries of a model (those of the demo)."`
+	Calibration string          `type:"existingfile" placeholder:"FILE" help:"Capture to calibrate methods on that need it; else they need the files that their configs name."`
 	Configs     []string        `sep:"none" required:"" placeholder:"GLOB" help:"Twilight configs to run. May be repeated."`
 	Layers      []int           `placeholder:"L" help:"Layers of the capture to run (all)."`
 	Group       []string        `enum:"union,per_query_head" placeholder:"MODE" help:"Run each config in these group modes, in place of its own: union, per_query_head."`
@@ -70,6 +74,10 @@ func (c *compareCmd) Run(ctx context.Context, term *terminal) (err error) {
 	if err != nil {
 		return err
 	}
+	inline, err := c.inliner()
+	if err != nil {
+		return err
+	}
 	conn, stop, err := c.connect(ctx)
 	if err != nil {
 		return err
@@ -85,7 +93,7 @@ func (c *compareCmd) Run(ctx context.Context, term *terminal) (err error) {
 	for i, file := range files {
 		for _, group := range groups {
 			name := strings.TrimSuffix(filepath.Base(file), ".json")
-			run, err := c.run(ctx, conn, loaded, file, group, func(done, all int) {
+			run, err := c.run(ctx, conn, loaded, file, group, inline, func(done, all int) {
 				bar.show("compare: %s %s (%d of %d): %d of %d", name, group, i+1, len(files), done, all)
 			})
 			if err != nil {
@@ -134,6 +142,43 @@ func (c *compareCmd) load() (*capture.Capture, error) {
 	return capture.Cut(loaded, c.Layers, heads)
 }
 
+// inliner gives configs the files that they name or, calibrated, what calibration puts there instead.
+func (c *compareCmd) inliner() (inliner, error) {
+	if c.Calibration == "" {
+		return fromFiles, nil
+	}
+	if same(c.Calibration, c.Capture) {
+		return nil, errors.New("--calibration is the capture to judge by: calibrate on another text")
+	}
+	calibration, err := capture.Open(c.Calibration)
+	if err != nil {
+		return nil, err
+	}
+	channels, err := channelFile(calibration)
+	if err != nil {
+		return nil, err
+	}
+	defaults := duo.Default()
+	heads, err := headFile(defaults.SinkSize, defaults.RecentSize, calibration)
+	if err != nil {
+		return nil, err
+	}
+	return func(config []byte, _ string) ([]byte, error) {
+		config, err := ds.Inline(config, func(string) ([]byte, error) { return channels, nil })
+		if err != nil {
+			return nil, err
+		}
+		return duo.Inline(config, func(string) ([]byte, error) { return heads, nil })
+	}, nil
+}
+
+// same tells whether two paths lead to one file.
+func same(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
 func (c *compareCmd) files() ([]string, error) {
 	var files []string
 	for _, glob := range c.Configs {
@@ -163,11 +208,12 @@ func (c *compareCmd) connect(ctx context.Context) (*client.Client, func() error,
 
 // run runs a config, and again without its pruner.
 func (c *compareCmd) run(
-	ctx context.Context, conn *client.Client, loaded *capture.Capture, file, group string, progress func(done, all int),
+	ctx context.Context, conn *client.Client, loaded *capture.Capture, file, group string, inline inliner,
+	progress func(done, all int),
 ) (*compared, error) {
 	var reports [2]*replay.Report
 	for i := range reports {
-		config, err := readConfig(file, replay.Overrides{Group: group, TokenBudget: c.TokenBudget, NoPruner: i == 1})
+		config, err := readConfig(file, replay.Overrides{Group: group, TokenBudget: c.TokenBudget, NoPruner: i == 1}, inline)
 		if err != nil {
 			return nil, err
 		}

@@ -8,7 +8,7 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
-// Every config in the repository is one that a daemon takes.
+// Every config in the repository is one that a daemon takes, once it has the files that it names.
 func TestConfigs(t *testing.T) {
 	t.Parallel()
 	all, err := methods.New()
@@ -23,10 +23,18 @@ func TestConfigs(t *testing.T) {
 		}
 		files = append(files, some...)
 	}
+	inline, err := (&compareCmd{Calibration: demoFile}).inliner()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, file := range files {
 		config, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
+		}
+		if config, err = inline(config, file); err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
 		}
 		if _, err := all.Parse(config); err != nil {
 			t.Errorf("%s: %v", file, err)

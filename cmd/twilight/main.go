@@ -29,6 +29,7 @@ type cli struct {
 	Demo         demoCmd         `cmd:"" help:"Serve real attention in this process and show what every head keeps."`
 	Replay       replayCmd       `cmd:"" help:"Replay a capture through a running twilightd and judge what comes back."`
 	Compare      compareCmd      `cmd:"" help:"Run many configs over a capture: one table."`
+	Calibrate    calibrateCmd    `cmd:"" help:"Write the channel or head file that a method needs."`
 	Capabilities capabilitiesCmd `cmd:"" help:"Tell what a twilightd can do, and what a shadow would take."`
 	Health       healthCmd       `cmd:"" help:"Exit 0 if a twilightd is serving, 1 if not."`
 	Version      versionCmd      `cmd:"" help:"Print the version."`

@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/layout"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
 // patience is how long a command waits for a daemon that is starting.
@@ -51,7 +53,7 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 	if err != nil {
 		return err
 	}
-	config, err := readConfig(c.Config, replay.Overrides{Group: c.Group, P: c.P})
+	config, err := readConfig(c.Config, replay.Overrides{Group: c.Group, P: c.P}, fromFiles)
 	if err != nil {
 		return err
 	}
@@ -82,10 +84,13 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 }
 
 // readConfig reads a Twilight config and changes it.
-func readConfig(path string, o replay.Overrides) (string, error) {
+func readConfig(path string, o replay.Overrides, inline inliner) (string, error) {
 	config, err := os.ReadFile(path)
 	if err != nil {
 		return "", err
+	}
+	if config, err = inline(config, path); err != nil {
+		return "", fmt.Errorf("%s: %w", path, err)
 	}
 	if o == (replay.Overrides{}) {
 		return string(config), nil
@@ -95,6 +100,19 @@ func readConfig(path string, o replay.Overrides) (string, error) {
 		return "", fmt.Errorf("%s: %w", path, err)
 	}
 	return string(changed), nil
+}
+
+// inliner puts into the config of a file what the files hold that it names.
+type inliner func(config []byte, path string) ([]byte, error)
+
+// fromFiles finds the files that a config names from where it lies.
+func fromFiles(config []byte, path string) ([]byte, error) {
+	return methods.Inline(config, func(name string) ([]byte, error) {
+		if !filepath.IsAbs(name) {
+			name = filepath.Join(filepath.Dir(path), name)
+		}
+		return os.ReadFile(name)
+	})
 }
 
 func printJSON(w io.Writer, v any) error {

@@ -116,9 +116,17 @@ func (s *suite) engine(t testing.TB, setup setup) *engine {
 	for sequence := range e.keys {
 		e.write(sequence, 0, e.tokens)
 	}
+	e.lend(config)
+	return e
+}
 
-	e.lease = must(s.device.Open(t.Context(), g, config))(t)
-	e.lent = must(e.lease.Import(t.Context(), e.buffer.Region(t, len(e.bytes), false)))(t)
+// lend opens a lease and registers the cache on it.
+func (e *engine) lend(config *pipeline.Config) {
+	e.t.Helper()
+	ctx := e.t.Context()
+	e.lease = must(e.suite.device.Open(ctx, &e.geometry, config))(e.t)
+	e.t.Cleanup(e.close)
+	e.lent = must(e.lease.Import(ctx, e.buffer.Region(e.t, len(e.bytes), false)))(e.t)
 	e.spec = e.layout.Spec(e.lent, 0)
 	for i := range e.spec.Layers {
 		e.spec.Layers[i].Layer = e.models[i]
@@ -126,9 +134,15 @@ func (s *suite) engine(t testing.TB, setup setup) *engine {
 	if e.edit != nil {
 		e.edit(e, e.spec)
 	}
-	e.cache = must(e.lease.NewCache(t.Context(), e.spec))(t)
-	t.Cleanup(e.close)
-	return e
+	e.cache = must(e.lease.NewCache(ctx, e.spec))(e.t)
+}
+
+// fresh lends the cache as it is now once more, with nothing indexed yet.
+func (e *engine) fresh() *engine {
+	e.t.Helper()
+	f := *e
+	f.lend(e.suite.parse(e.t, e.config))
+	return &f
 }
 
 // close ends the lease and sees to it that the cache is as the engine wrote it.
@@ -174,17 +188,6 @@ func random(r *rand.Rand, t kv.DType, n int, spread float64, scale float32) []fl
 		x[i] *= scale
 	}
 	return x
-}
-
-// fresh makes an engine with the same tokens in the same places, and nothing indexed.
-func (e *engine) fresh() *engine {
-	e.t.Helper()
-	f := e.suite.engine(e.t, e.setup)
-	f.keys, f.values, f.tables = e.keys, e.values, e.tables
-	for sequence := range f.keys {
-		f.write(sequence, 0, f.tokens)
-	}
-	return f
 }
 
 // write stores tokens [from, to) of a sequence in all layers of the cache.

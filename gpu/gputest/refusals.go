@@ -329,7 +329,7 @@ func testCancellation(t *testing.T, s *suite) {
 	same(t, "after cancelled calls", want, e.layers(rows...))
 
 	for range 20 {
-		e := s.engine(t, standard())
+		e := e.fresh()
 		e.step(e.batch(rows...))
 		ctx, cancel := context.WithCancel(t.Context())
 		go cancel()

@@ -283,8 +283,8 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	for i := range p.layers {
 		c.byModel[p.layers[i].model] = i
 	}
-	c.selector, arena = carve(l.selector, g, p.chunks, arena)
-	c.estimator, _ = carve(l.estimator, g, p.chunks, arena)
+	c.selector, arena = carve(l.selector, g, p.layers, p.chunks, arena)
+	c.estimator, _ = carve(l.estimator, g, p.layers, p.chunks, arena)
 	c.armed = newArmer(c)
 	c.trainTask, c.indexTask, c.queryTask, c.attendTask = c.trainHead, c.indexChunk, c.readQuery, c.attend
 	return c, nil

@@ -76,8 +76,9 @@ func TestPoolCancels(t *testing.T) {
 	err := p.do(ctx, j, 1000, func(_, i int) error {
 		if i == 3 {
 			cancel()
+		}
+		if i >= 3 { // else the other worker could be done with all before the owner says so
 			<-ctx.Done()
-			// The owner needs a moment to say so.
 			for !j.stop.Load() {
 				time.Sleep(time.Millisecond)
 			}

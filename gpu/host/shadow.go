@@ -14,6 +14,7 @@ type shadow struct {
 	dim                   int
 	headBytes, chunkBytes int
 	heads, chunks         int
+	layers                []layer
 	headData, chunkData   []byte
 
 	trainLevels []int
@@ -29,12 +30,12 @@ func recordBytes(method kv.Shadow, dim int) (head, chunk int) {
 }
 
 // carve makes a method's shadow from the front of arena and returns the rest. It is nil for no method.
-func carve(method kv.Shadow, g *kv.Geometry, chunks int, arena []byte) (*shadow, []byte) {
+func carve(method kv.Shadow, g *kv.Geometry, layers []layer, chunks int, arena []byte) (*shadow, []byte) {
 	if method == nil {
 		return nil, arena
 	}
 	s := &shadow{
-		method: method, dim: g.KDim, heads: g.KVHeads, chunks: chunks,
+		method: method, dim: g.KDim, heads: g.KVHeads, chunks: chunks, layers: layers,
 		trainLevels: method.TrainLevels(), trained: make([]int, g.Layers),
 	}
 	s.headBytes, s.chunkBytes = recordBytes(method, g.KDim)
@@ -42,6 +43,9 @@ func carve(method kv.Shadow, g *kv.Geometry, chunks int, arena []byte) (*shadow,
 	s.headData, arena = arena[:cut], arena[cut:]
 	cut = g.Layers * g.KVHeads * chunks * s.chunkBytes
 	s.chunkData, arena = arena[:cut], arena[cut:]
+	for layer := range layers {
+		s.seed(layer)
+	}
 	return s, arena
 }
 
@@ -82,12 +86,24 @@ func (s *shadow) level(n int) int {
 	return reached
 }
 
+// seed sets up a layer's head records, which are zeros, where the method wants that.
+func (s *shadow) seed(layer int) {
+	seeder, ok := s.method.(kv.Seeder)
+	if !ok {
+		return
+	}
+	for head := range s.heads {
+		seeder.Seed(s.head(layer, head), s.layers[layer].model, head, s.dim)
+	}
+}
+
 // forget unlearns a layer's training.
 func (s *shadow) forget(layer int) {
 	s.trained[layer] = 0
 	for head := range s.heads {
 		clear(s.head(layer, head))
 	}
+	s.seed(layer)
 }
 
 // records implements kv.Records.

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -40,6 +41,12 @@ func (l *lease) layers(spec *gpu.CacheSpec) ([]layer, error) {
 		}
 		first[s.Layer] = i
 		layers[i].model = s.Layer
+		var misfit *fault.Error
+		if err := l.pipeline.Fits(s.Layer); errors.As(err, &misfit) {
+			return nil, fault.Newf(misfit.Kind, field+".layer", "layer %d does not fit the lease's config: %v", s.Layer, misfit)
+		} else if err != nil {
+			return nil, err
+		}
 		for j, p := range []struct {
 			plane   *kv.Plane
 			at      gpu.Span

@@ -98,7 +98,8 @@ func ScratchFloats(queries, dim int) int { return queries + block*dim + spare }
 // Dots writes queries[n].vector(positions[i]) + constants[n] to out[n][i]. queries is [len(out)][dim],
 // constants [len(out)], and positions ascend.
 func (f Format) Dots(
-	out [][]float32, queries, constants []float32, records kv.Records, positions []int32, dim int, scratch []float32,
+	out [][]float32, queries, constants []float32,
+	records kv.Records, positions []int32, dim int, scratch []float32,
 ) {
 	sums, codes := scratch[:len(out)], scratch[len(out):ScratchFloats(len(out), dim)]
 	for n := range out {
@@ -120,7 +121,9 @@ func (f Format) Dots(
 }
 
 // read unpacks the codes [len(positions)][dim], scales and zeros of up to a block of positions.
-func (f Format) read(codes []float32, scales, zeros *[block]float32, records kv.Records, positions []int32, dim int) {
+func (f Format) read(
+	codes []float32, scales, zeros *[block]float32, records kv.Records, positions []int32, dim int,
+) {
 	var header [2 * kv.ChunkTokens]float32
 	params := f.params()
 	var record []byte

@@ -5,13 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
 // Overrides change single keys of a Twilight config. Zero fields change nothing.
 type Overrides struct {
 	Group       string  // "union" or "per_query_head"
 	P           float64 // the share of a top_p pruner
-	TokenBudget int     // the selector's; none and full have no budget and stay as they are
+	TokenBudget int     // the selector's; those without stay as they are
 	// NoPruner takes pruner and estimator out: what is kept then are the candidates.
 	NoPruner bool
 }
@@ -42,7 +44,7 @@ func (o Overrides) Apply(config []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !strings.EqualFold(selector.kind, "none") && !strings.EqualFold(selector.kind, "full") {
+		if hasBudget(selector.kind) {
 			selector.keys["token_budget"], _ = json.Marshal(o.TokenBudget)
 			delete(selector.keys, "sparsity_rate") // it would go first
 			keys["selector"] = selector.marshal()
@@ -53,6 +55,26 @@ func (o Overrides) Apply(config []byte) ([]byte, error) {
 		keys["weight_estimator"] = json.RawMessage(`{"type": "none"}`)
 	}
 	return json.MarshalIndent(keys, "", "  ")
+}
+
+// hasBudget says whether selectors of a type have a token_budget: so it is with types nobody knows, for
+// the daemon to refuse.
+func hasBudget(kind string) bool {
+	all, err := methods.New()
+	if err != nil {
+		return true
+	}
+	method, err := all.Selectors.Lookup(kind)
+	if err != nil {
+		return true
+	}
+	defaults, err := json.Marshal(method.Default())
+	var keys map[string]json.RawMessage
+	if err != nil || json.Unmarshal(defaults, &keys) != nil {
+		return true
+	}
+	_, has := keys["token_budget"]
+	return has
 }
 
 // part is one method of a config.

@@ -9,18 +9,28 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pruner/exact"
 	"github.com/twilight-sidecar/twilight/pruner/keepall"
+	"github.com/twilight-sidecar/twilight/pruner/maxquant"
 	"github.com/twilight-sidecar/twilight/pruner/minmaxquant"
 	"github.com/twilight-sidecar/twilight/pruner/threshold"
 	"github.com/twilight-sidecar/twilight/pruner/topp"
+	"github.com/twilight-sidecar/twilight/selector/ds"
+	"github.com/twilight-sidecar/twilight/selector/duo"
+	"github.com/twilight-sidecar/twilight/selector/magicpig"
 	"github.com/twilight-sidecar/twilight/selector/none"
+	"github.com/twilight-sidecar/twilight/selector/oracle"
+	"github.com/twilight-sidecar/twilight/selector/pqcache"
 	"github.com/twilight-sidecar/twilight/selector/quest"
+	"github.com/twilight-sidecar/twilight/selector/sparq"
+	"github.com/twilight-sidecar/twilight/selector/streaming"
 )
 
 // New makes the registries. It fails if two methods share a name.
 func New() (*pipeline.Methods, error) {
 	compressors, err1 := registry.New("compressor", noCompressor())
-	selectors, err2 := registry.New("selector", none.Method(), quest.Method())
-	estimators, err3 := registry.New("weight_estimator", exact.Method(), minmaxquant.Method())
+	selectors, err2 := registry.New("selector",
+		none.Method(), quest.Method(), ds.Method(), streaming.Method(), sparq.Method(), oracle.Method(),
+		pqcache.Method(), magicpig.Method(), duo.Method())
+	estimators, err3 := registry.New("weight_estimator", exact.Method(), minmaxquant.Method(), maxquant.Method())
 	pruners, err4 := registry.New("weight_pruner", keepall.Method(), threshold.Method(), topp.Method())
 	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return nil, err
@@ -44,3 +54,13 @@ func noCompressor() registry.Method[pipeline.Compressor] {
 type uncompressed struct{}
 
 func (*uncompressed) Validate() error { return nil }
+
+// Inline puts into a config what the files hold that it names, as a daemon never opens a file for an
+// engine: what a client does before it sends one. read gets the paths as the config has them.
+func Inline(config []byte, read func(path string) ([]byte, error)) ([]byte, error) {
+	config, err := ds.Inline(config, read)
+	if err != nil {
+		return nil, err
+	}
+	return duo.Inline(config, read)
+}

@@ -1,9 +1,9 @@
 package minmaxquant
 
 import (
-	"github.com/twilight-sidecar/twilight/internal/fault"
-	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/internal/lowbit"
 	"github.com/twilight-sidecar/twilight/pruner"
+	"github.com/twilight-sidecar/twilight/pruner/internal/smooth"
 )
 
 // Config holds the method's keys.
@@ -26,20 +26,13 @@ func Method() pruner.EstimatorMethod {
 }
 
 // Validate implements pruner.EstimatorConfig.
-func (c *Config) Validate() error {
-	switch c.QuantBit {
-	case 2, 4, 8:
-		return nil
-	}
-	return fault.Newf(fault.Invalid, "quant_bit", "quant_bit is %d, expected 2, 4 or 8", c.QuantBit)
-}
+func (c *Config) Validate() error { return lowbit.CheckBits(c.QuantBit) }
 
 // New implements pruner.EstimatorConfig.
 func (c *Config) New() pruner.Estimator {
-	return estimator{shadow{bits: c.QuantBit, equalize: c.Equalize}}
+	e := smooth.Estimator{Format: lowbit.Format{Bits: c.QuantBit}}
+	if c.Equalize {
+		e.Smoothing = smooth.Equalise
+	}
+	return e
 }
-
-type estimator struct{ shadow shadow }
-
-func (e estimator) Shadow() kv.Shadow { return e.shadow }
-func (estimator) Exact() bool         { return false }

@@ -11,10 +11,11 @@
 //	mean[d], s[d] = sqrt(standard deviation of k[d])    of the layer's and KV head's first keys
 //	k' = (k - mean) / s is quantised,  q' = q * s asked, and q.mean added: an estimate of q.k itself
 //
-// where no s is less than 1/16 of the head's largest. Mean and s are trained on the first 16, 64, 256, 1024 and 4096 valid tokens of the longest sequence of
-// a batch, then frozen; at each of these the layer's chunks are quantised anew, a third more work in all.
-// An untrained head has mean 0 and s 1. A key further from the mean than 4 times any that it was trained
-// on is reported as drift; its estimate is coarser, not wrong. equalize false is the paper's method.
+// where no s is less than 1/16 of the head's largest. Mean and s are trained on the first 16, 64, 256, 1024
+// and 4096 valid tokens of the longest sequence of a batch, then frozen; at each of these the layer's chunks
+// are quantised anew, a third more work in all. An untrained head has mean 0 and s 1. A key further from the
+// mean than 4 times any that it was trained on is reported as drift; its estimate is coarser, not wrong.
+// equalize false is the paper's method.
 //
 // The choice, on the public SmolLM2 capture, 4100 tokens, p 0.95: mean error of a head's output by what
 // s is the root of and by the tokens trained on (no equalisation: .068). The slow channels of a rotary

@@ -277,12 +277,8 @@ func TestNoAllocation(t *testing.T) {
 	for s := None; s <= Equalise; s++ {
 		e := Estimator{lowbit.Format{Bits: 4}, s}
 		row := &pruner.Row{Queries: [][]float32{keys[:dim], keys[dim : 2*dim]}, Dim: dim, Records: kvtest.Index(e, keys, dim, 0)}
-		if n := testing.AllocsPerRun(10, func() { e.Logits(logits, row, positions) }); n != 0 {
-			t.Errorf("Logits allocates %v times", n)
-		}
+		kvtest.NoAllocation(t, func() { e.Logits(logits, row, positions) })
 		head, chunk := make([]byte, e.HeadBytes(dim)), make([]byte, e.ChunkBytes(dim))
-		if n := testing.AllocsPerRun(10, func() { e.Index(head, chunk, keys, dim, 0xffff, 0xffff) }); n != 0 {
-			t.Errorf("Index allocates %v times", n)
-		}
+		kvtest.NoAllocation(t, func() { e.Index(head, chunk, keys, dim, 0xffff, 0xffff) })
 	}
 }

@@ -1,0 +1,309 @@
+//go:build linux && cgo && cuda
+
+package cuda
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"flag"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"gorgonia.org/cu"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
+	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
+	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline/methods"
+)
+
+//go:embed kernels/bench.fatbin
+var benchFatbin string
+
+var (
+	table  = flag.String("table", "", "shapes that TestTable times: QUERY_HEADS/KV_HEADSxBATCHxTOKENS, separated by commas")
+	force  = flag.String("force", "", "CLUSTERxTHREADS of the fused kernel; its own choice")
+	rounds = flag.Int("rounds", 15, "timings of a shape, of which the median is printed")
+)
+
+// bench owns GPU memory as an engine does, in this process: lending it would change nothing of what a
+// layer costs.
+type bench struct {
+	t       *testing.T
+	device  *Device
+	module  cu.Module
+	reading float64 // bytes a second
+}
+
+func newBench(t *testing.T) *bench {
+	b := &bench{t: t, device: newDevice(t)}
+	b.do(func() (err error) {
+		b.module, err = cu.LoadFatBinary(benchFatbin)
+		return err
+	})
+	return b
+}
+
+func (b *bench) do(f func() error) {
+	b.t.Helper()
+	if err := b.device.owner.do(context.Background(), f); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+func (b *bench) launch(name string, blocks, threads int, args ...uint64) error {
+	f, err := b.module.Function(name)
+	if err != nil {
+		return err
+	}
+	l := drv.NewLaunch(f, cu.Stream{}, threads, drv.Block{})
+	defer l.Free()
+	for i, a := range args {
+		l.Set(i, a)
+	}
+	return l.Run(blocks, 1)
+}
+
+// lend makes memory of the GPU look imported into a lease.
+func (b *bench) lend(l *lease, at drv.Ptr, size uint64) *memory {
+	m := &memory{lease: l, size: size, writable: true, base: at, unmap: func() error { return nil }}
+	l.memories[m] = struct{}{}
+	return m
+}
+
+// TestTable times layers on the GPU: dense and sparse on the same data, one behind another with no host
+// between, over layers in turn so that nothing is found in the cache.
+func TestTable(t *testing.T) {
+	if *table == "" {
+		t.Skip("no -table")
+	}
+	b := newBench(t)
+	b.measureReading()
+	fmt.Printf("%s, reading %.0f GB/s; medians of %d\n", b.device.name, b.reading/1e9, *rounds)
+	fmt.Println("heads    batch  tokens   dense us  of read | sparse us   spread  of read  times  kept mean (sd) [range]  candidates  blocks a row  call us")
+	for shape := range strings.SplitSeq(*table, ",") {
+		var hq, hkv, batch, tokens int
+		if _, err := fmt.Sscanf(shape, "%d/%dx%dx%d", &hq, &hkv, &batch, &tokens); err != nil {
+			t.Fatalf("-table: %q: %v", shape, err)
+		}
+		b.row(hq, hkv, batch, tokens)
+	}
+}
+
+func (b *bench) measureReading() {
+	const size = 8 << 30
+	b.do(func() error {
+		at, err := cu.MemAlloc(size)
+		if err != nil {
+			return err
+		}
+		best := math.Inf(1)
+		for range 5 {
+			us, err := timed(cu.Stream{}, func() error {
+				return b.launch("bench_read", b.device.sms*8, 512, uint64(at), size/16, uint64(at))
+			})
+			if err != nil {
+				return err
+			}
+			best = min(best, us)
+		}
+		b.reading = size / best * 1e6
+		return cu.MemFree(at)
+	})
+}
+
+// timed returns how many microseconds of the device f takes.
+func timed(stream cu.Stream, f func() error) (float64, error) {
+	var events [2]cu.Event
+	for i := range events {
+		var err error
+		if events[i], err = cu.MakeEvent(cu.DefaultEvent); err != nil {
+			return 0, err
+		}
+	}
+	if err := events[0].Record(stream); err != nil {
+		return 0, err
+	}
+	if err := f(); err != nil {
+		return 0, err
+	}
+	if err := events[1].Record(stream); err != nil {
+		return 0, err
+	}
+	if err := events[1].Synchronize(); err != nil {
+		return 0, err
+	}
+	ms, err := events[0].Elapsed(events[1])
+	return ms * 1e3, errors.Join(err, cu.DestroyEvent(&events[0]), cu.DestroyEvent(&events[1]))
+}
+
+func (b *bench) row(hq, hkv, batch, tokens int) {
+	t := b.t
+	const dim, page = 128, 16
+	pages := batch * tokens / page
+	plane := uint64(pages) * page * uint64(hkv) * dim * 2
+	// Enough layers to leave the cache behind, if there is room for them.
+	layers := int(max(1, min(16, (4<<30)/(2*plane))))
+	queries := uint64(batch*hq) * dim * 2
+	size := uint64(layers)*2*plane + 2*queries
+	var at drv.Ptr
+	b.do(func() error {
+		p, err := cu.MemAlloc(int64(size))
+		at = drv.Ptr(p)
+		if err != nil {
+			return err
+		}
+		for i := range layers {
+			base := at + uint64(i)*2*plane
+			if err := b.launch("bench_fill", b.device.sms*8, 256, base, base+plane, plane/2, uint64(hkv), dim, uint64(i+1)); err != nil {
+				return err
+			}
+		}
+		low, high := uint64(360), uint64(450)
+		if tokens > 40000 {
+			low, high = 400, 490
+		}
+		q := at + uint64(layers)*2*plane
+		if err := b.launch("bench_queries", ceilDiv(batch*hq*dim, 256), 256, q, uint64(batch), uint64(hq), uint64(hq/hkv), dim, low, high, 7); err != nil {
+			return err
+		}
+		return cu.Synchronize()
+	})
+	defer b.do(func() error { return cu.MemFree(cu.DevicePtr(at)) })
+
+	order := rand.New(rand.NewPCG(1, 2)).Perm(pages)
+	step := &kv.Step{}
+	for s := range batch {
+		step.Sequences = append(step.Sequences, uint64(s+1))
+		step.Lengths = append(step.Lengths, int32(tokens))
+		step.TableCounts = append(step.TableCounts, uint32(tokens/page))
+	}
+	for _, p := range order {
+		step.TableEntries = append(step.TableEntries, int32(p))
+	}
+	all, err := methods.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &kv.Geometry{
+		Layers: layers, QueryHeads: hq, KVHeads: hkv, KDim: dim, VDim: dim, Scale: 1 / float32(math.Sqrt(dim)),
+		Query: kv.F16, QueryScale: 1, Output: kv.F16,
+	}
+	run := func(config string) (c *cache, us []float64, calls []time.Duration, res gpu.LayerResult) {
+		cfg, err := all.Parse([]byte(config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		opened, err := b.device.Open(context.Background(), g, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := opened.(*lease)
+		defer l.Close()
+		m := b.lend(l, at, size)
+		strides := gpu.Strides{Page: page * uint64(hkv) * dim * 2, Head: dim * 2, Token: uint64(hkv) * dim * 2}
+		spec := &gpu.CacheSpec{DType: kv.F16, PageSize: page, NumPages: pages, K: strides, V: strides, NullPage: -1}
+		for i := range layers {
+			offset := uint64(i) * 2 * plane
+			spec.Layers = append(spec.Layers, gpu.CacheLayer{
+				Layer: i + 2, K: gpu.Span{Memory: m, Offset: offset}, V: gpu.Span{Memory: m, Offset: offset + plane},
+			})
+		}
+		made, err := l.NewCache(context.Background(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c = made.(*cache)
+		if *force != "" {
+			if _, err := fmt.Sscanf(*force, "%dx%d", &l.fused.cluster, &l.fused.threads); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := c.Step(context.Background(), step); err != nil {
+			t.Fatal(err)
+		}
+		// The query lies behind the cache, the output behind the query.
+		offset := uint64(layers) * 2 * plane
+		req := &gpu.LayerRequest{
+			Query:  &gpu.Tensor{Memory: m, Offset: offset},
+			Output: &gpu.Tensor{Memory: m, Offset: offset + queries},
+		}
+		described := make([]kernels.Layer, layers)
+		for i := range layers {
+			req.Layer = i + 2
+			if err := c.Layer(context.Background(), req, &res); err != nil {
+				t.Fatal(err)
+			}
+			described[i] = c.call.desc
+		}
+		for i := range layers {
+			req.Layer = i + 2
+			start := time.Now()
+			if err := c.Layer(context.Background(), req, &res); err != nil {
+				t.Fatal(err)
+			}
+			calls = append(calls, time.Since(start))
+		}
+		slices.Sort(calls)
+		d := &c.call.desc
+		once := func(i int) error {
+			*(*kernels.Layer)(l.block.Pointer()) = described[i]
+			if c.call.fused {
+				return l.fused.run(c.call.plan, int(d.Rows))
+			}
+			return errors.Join(l.launches.queries.Run(ceilDiv(batch*hq, 4), 1),
+				l.dense[kv.F16].Run(int(d.Splits), int(d.Rows)), l.launches.combine.Run(batch*hq, 1))
+		}
+		inner := max(layers, 4)
+		b.do(func() error {
+			for range *rounds + 1 {
+				took, err := timed(l.stream, func() error {
+					for i := range inner {
+						if err := once(i % layers); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+				if err != nil {
+					return err
+				}
+				us = append(us, took/float64(inner))
+			}
+			return nil
+		})
+		us = us[1:]
+		slices.Sort(us)
+		return c, us, calls, res
+	}
+
+	_, dense, _, _ := run(`{}`)
+	c, sparse, calls, res := run(`{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
+		"weight_pruner": {"type": "top_p", "threshold": 0.95}}`)
+	var sum, square float64
+	for _, k := range res.Kept {
+		sum += float64(k)
+		square += float64(k) * float64(k)
+	}
+	rows := float64(len(res.Kept))
+	mean := sum / rows
+	bytes := rows * (float64(tokens/16)*float64(kernels.BoundsBytes(dim)) + float64(res.Candidates[0])/16*float64(kernels.Int4Bytes(dim)) +
+		mean*2*dim*2 + float64(tokens/page*4))
+	median := func(us []float64) float64 { return us[len(us)/2] }
+	path := "chain"
+	if c.call.fused {
+		path = fmt.Sprintf("%d x %d", c.call.plan.cluster, c.lease.fused.variants[c.call.plan.variant].Threads)
+	}
+	fmt.Printf("%2d/%-2d %8d %8d %9.1f %8.2f | %9.1f %4.1f%%-%4.1f%% %6.2f %6.2f  %8.0f (%.0f) [%d, %d]  %d  %s  %.0f\n",
+		hq, hkv, batch, tokens, median(dense), 2*float64(plane)/median(dense)*1e6/b.reading,
+		median(sparse), 100*(sparse[0]/median(sparse)-1), 100*(sparse[len(sparse)-1]/median(sparse)-1),
+		bytes/median(sparse)*1e6/b.reading, median(dense)/median(sparse),
+		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), res.Candidates[0], path, float64(calls[len(calls)/2].Nanoseconds())/1e3)
+}

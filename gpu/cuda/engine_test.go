@@ -1,0 +1,320 @@
+//go:build linux && cgo && cuda
+
+package cuda
+
+import (
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+	"gorgonia.org/cu"
+
+	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
+	"github.com/twilight-sidecar/twilight/gpu/gputest"
+)
+
+// The engine is this test binary again, in a process of its own: it owns GPU memory and lends it, since
+// a process cannot import what it exported.
+const engineEnv = "TWILIGHT_TEST_ENGINE"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(engineEnv) != "" {
+		if err := serveEngine(); err != nil {
+			fmt.Fprintln(os.Stderr, "engine:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+type engineRequest struct {
+	Op     string // alloc, free, write, read, export
+	ID     int
+	Kind   gpu.RegionKind
+	Size   int
+	Offset int // of bytes in memory; of memory in its allocation
+	Data   []byte
+}
+
+type engineReply struct {
+	Err    string
+	ID     int
+	Handle []byte
+	Offset uint64
+	Chunks []uint64 // sizes; their descriptors follow on the other socket
+	Data   []byte
+}
+
+// allocation is memory of the engine. What it lends starts headroom bytes inside.
+type allocation struct {
+	kind     gpu.RegionKind
+	at       drv.Ptr
+	headroom uint64
+	chunks   []drv.Physical
+	each     uint64
+}
+
+func serveEngine() error {
+	runtime.LockOSThread()
+	device, err := cu.GetDevice(0)
+	if err != nil {
+		return err
+	}
+	primary, err := device.RetainPrimaryCtx()
+	if err != nil {
+		return err
+	}
+	if err := cu.SetCurrentContext(primary); err != nil {
+		return err
+	}
+	calls := os.NewFile(3, "calls")
+	enc, dec := gob.NewEncoder(calls), gob.NewDecoder(calls)
+	all := map[int]*allocation{}
+	for next := 1; ; next++ {
+		var req engineRequest
+		switch err := dec.Decode(&req); {
+		case errors.Is(err, io.EOF):
+			return nil // the test ended
+		case err != nil:
+			return err
+		}
+		reply, fds, err := serveCall(device, all, next, &req)
+		if err != nil {
+			reply.Err = err.Error()
+		}
+		if err := enc.Encode(reply); err != nil {
+			return err
+		}
+		for _, fd := range fds {
+			err := unix.Sendmsg(4, []byte{0}, unix.UnixRights(fd), nil, 0)
+			if err := errors.Join(err, unix.Close(fd)); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func serveCall(device cu.Device, all map[int]*allocation, next int, req *engineRequest) (reply engineReply, fds []int, err error) {
+	a := all[req.ID]
+	switch req.Op {
+	case "alloc":
+		if a, err = allocate(device, req.Kind, req.Size, uint64(req.Offset)); err != nil {
+			return reply, nil, err
+		}
+		all[next] = a
+		reply.ID = next
+		return reply, nil, errors.Join(cu.MemsetD8(cu.DevicePtr(a.at), 0, int64(req.Size)), cu.Synchronize())
+	case "free":
+		delete(all, req.ID)
+		return reply, nil, a.free()
+	case "write":
+		err = cu.MemcpyHtoD(cu.DevicePtr(a.at+uint64(req.Offset)), unsafe.Pointer(unsafe.SliceData(req.Data)), int64(len(req.Data)))
+		return reply, nil, errors.Join(err, cu.Synchronize())
+	case "read":
+		reply.Data = make([]byte, req.Size)
+		return reply, nil, cu.MemcpyDtoH(unsafe.Pointer(unsafe.SliceData(reply.Data)), cu.DevicePtr(a.at+uint64(req.Offset)), int64(req.Size))
+	case "export":
+		if a.kind == gpu.CUDAIPC {
+			handle, err := drv.IPCHandle(a.at)
+			if err != nil {
+				return reply, nil, err
+			}
+			base, _, err := drv.AddressRange(a.at)
+			reply.Handle, reply.Offset = handle[:], a.at-base
+			return reply, nil, err
+		}
+		reply.Offset = a.headroom
+		for _, chunk := range a.chunks {
+			fd, err := chunk.ExportFD()
+			if err != nil {
+				return reply, fds, err
+			}
+			fds = append(fds, fd)
+			reply.Chunks = append(reply.Chunks, a.each)
+		}
+		return reply, fds, nil
+	}
+	return reply, nil, fmt.Errorf("unknown call %q", req.Op)
+}
+
+func allocate(device cu.Device, kind gpu.RegionKind, size int, headroom uint64) (*allocation, error) {
+	a := &allocation{kind: kind, headroom: headroom}
+	if kind == gpu.CUDAIPC {
+		at, err := cu.MemAlloc(int64(size) + int64(headroom))
+		a.at = drv.Ptr(at) + headroom
+		return a, err
+	}
+	var err error
+	if a.each, err = drv.Granularity(device); err != nil {
+		return nil, err
+	}
+	n := (uint64(size) + headroom + a.each - 1) / a.each
+	start, err := drv.Reserve(n * a.each)
+	if err != nil {
+		return nil, err
+	}
+	for i := range n {
+		chunk, err := drv.Create(device, a.each)
+		if err != nil {
+			return nil, err
+		}
+		if err := drv.Map(start+i*a.each, a.each, chunk); err != nil {
+			return nil, err
+		}
+		a.chunks = append(a.chunks, chunk)
+	}
+	a.at = start + headroom
+	return a, drv.Allow(start, n*a.each, device, true)
+}
+
+func (a *allocation) free() error {
+	if a.kind == gpu.CUDAIPC {
+		return cu.MemFree(cu.DevicePtr(a.at - a.headroom))
+	}
+	total := uint64(len(a.chunks)) * a.each
+	err := drv.Unmap(a.at-a.headroom, total)
+	for _, chunk := range a.chunks {
+		err = errors.Join(err, chunk.Release())
+	}
+	return errors.Join(err, drv.Unreserve(a.at-a.headroom, total))
+}
+
+// engineProcess is the test's end of the engine.
+type engineProcess struct {
+	mu  sync.Mutex
+	enc *gob.Encoder
+	dec *gob.Decoder
+	fds *net.UnixConn
+}
+
+var startEngine = sync.OnceValues(func() (*engineProcess, error) {
+	calls, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), engineEnv+"=1")
+	cmd.Stderr = os.Stderr
+	theirs := []*os.File{os.NewFile(uintptr(calls[1]), "calls"), os.NewFile(uintptr(fds[1]), "fds")}
+	cmd.ExtraFiles = theirs
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	for _, f := range theirs {
+		f.Close()
+	}
+	ours := os.NewFile(uintptr(calls[0]), "calls")
+	conn, err := net.FileConn(os.NewFile(uintptr(fds[0]), "fds"))
+	if err != nil {
+		return nil, err
+	}
+	return &engineProcess{enc: gob.NewEncoder(ours), dec: gob.NewDecoder(ours), fds: conn.(*net.UnixConn)}, nil
+})
+
+func (e *engineProcess) call(t testing.TB, req *engineRequest) (reply engineReply, fds []int) {
+	t.Helper()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if err := e.enc.Encode(req); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.dec.Decode(&reply); err != nil {
+		t.Fatal(err)
+	}
+	if reply.Err != "" {
+		t.Fatalf("engine: %s: %s", req.Op, reply.Err)
+	}
+	for range reply.Chunks {
+		var data [1]byte
+		control := make([]byte, unix.CmsgSpace(4))
+		_, n, _, _, err := e.fds.ReadMsgUnix(data[:], control)
+		if err != nil {
+			t.Fatal(err)
+		}
+		messages, err := unix.ParseSocketControlMessage(control[:n])
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.ParseUnixRights(&messages[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		fds = append(fds, fd...)
+	}
+	return reply, fds
+}
+
+// lender allocates memory of the engine's that is lent in one of the ways, and starts headroom bytes
+// inside its allocation.
+type lender struct {
+	kind     gpu.RegionKind
+	uuid     string
+	headroom int
+}
+
+var _ gputest.Memory = lender{}
+
+func (l lender) Alloc(t testing.TB, size int) gputest.Buffer {
+	t.Helper()
+	engine, err := startEngine()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reply, _ := engine.call(t, &engineRequest{Op: "alloc", Kind: l.kind, Size: size, Offset: l.headroom})
+	t.Cleanup(func() { engine.call(t, &engineRequest{Op: "free", ID: reply.ID}) })
+	return &lent{lender: l, engine: engine, id: reply.ID}
+}
+
+type lent struct {
+	lender
+	engine *engineProcess
+	id     int
+}
+
+func (b *lent) Region(t testing.TB, size int, writable bool) *gpu.Region {
+	t.Helper()
+	reply, fds := b.engine.call(t, &engineRequest{Op: "export", ID: b.id})
+	region := &gpu.Region{Kind: b.kind, Size: uint64(size), Writable: writable, Device: b.uuid, Offset: reply.Offset}
+	if b.kind == gpu.CUDAIPC {
+		region.Chunks = []gpu.Chunk{{FD: -1, Handle: reply.Handle}}
+	}
+	for i, fd := range fds {
+		region.Chunks = append(region.Chunks, gpu.Chunk{FD: fd, Size: reply.Chunks[i]})
+	}
+	return region
+}
+
+// panics is a testing.TB for calls outside of a test's goroutine or that have no way to fail.
+type panics struct{ testing.TB }
+
+func (panics) Helper()                   {}
+func (panics) Fatal(args ...any)         { panic(fmt.Sprint(args...)) }
+func (panics) Fatalf(f string, a ...any) { panic(fmt.Sprintf(f, a...)) }
+
+func (b *lent) Write(offset int, data []byte) {
+	if len(data) > 0 {
+		b.engine.call(panics{}, &engineRequest{Op: "write", ID: b.id, Offset: offset, Data: data})
+	}
+}
+
+func (b *lent) Read(offset int, data []byte) {
+	if len(data) > 0 {
+		reply, _ := b.engine.call(panics{}, &engineRequest{Op: "read", ID: b.id, Offset: offset, Size: len(data)})
+		copy(data, reply.Data)
+	}
+}
