@@ -31,6 +31,8 @@ type Options struct {
 	DType    client.DType // F16 if 0
 	// Seed shuffles the cache's pages.
 	Seed uint64
+	// Armed arms each step's layers, in place of a message a layer.
+	Armed bool
 
 	// Progress, if not nil, is told after the prefill and after each step how much of all is done.
 	Progress func(done, all int)
@@ -44,6 +46,8 @@ type engine struct {
 	cache         *client.Cache
 	kv            *client.Buffer
 	query, output *client.Buffer
+	lists         *client.Buffer // of armed steps
+	how           client.Arming
 	table         []int32
 	facts         Facts
 }
@@ -110,11 +114,20 @@ func (e *engine) lend(ctx context.Context) error {
 		return err
 	}
 	g := e.session.Geometry()
-	if e.query, err = e.session.NewBuffer(ctx, c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
+	tensors := 1 // that of the layer that runs
+	if e.Armed {
+		tensors = len(c.Layers)
+	}
+	if e.query, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
 		return err
 	}
-	if e.output, err = e.session.NewBuffer(ctx, c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+	if e.output, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
 		return err
+	}
+	if e.Armed {
+		if err := e.describe(ctx); err != nil {
+			return err
+		}
 	}
 	spec := client.CacheSpec{
 		DType: e.DType, PageSize: e.layout.PageSize, NumPages: e.layout.NumPages,
@@ -171,6 +184,16 @@ func (e *engine) decode(ctx context.Context, j *judge) error {
 	e.progress(1)
 	for step := range c.Steps {
 		e.write(c.N+step, c.N+step+1)
+		if e.Armed {
+			if err := e.decodeArmed(ctx, j, step); err != nil {
+				return fmt.Errorf("step %d, armed: %w", step, err)
+			}
+			if err := j.judge(step); err != nil {
+				return fmt.Errorf("step %d: %w", step, err)
+			}
+			e.progress(2 + step)
+			continue
+		}
 		start := time.Now()
 		declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
 		if err != nil {
