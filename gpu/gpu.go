@@ -5,7 +5,7 @@
 // What is wrong with a request is a *fault.Error, whose field is named as in proto/twilight/v1.
 //
 // A Device serves many leases at once. A Lease and what hangs on it serve one caller at a time, except
-// Close, which may come at any moment and waits for what runs.
+// Close and CancelArmed, which may come at any moment. Armed steps run beside all that.
 package gpu
 
 import (
