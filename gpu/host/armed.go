@@ -263,13 +263,14 @@ func (l *lease) word(at gpu.Span, field string) (*armed.Word, extent, error) {
 
 // close fails what is armed and waits until nothing runs.
 func (a *armer) close() {
-	a.cancelAll(errClosed)
+	a.cancelAll(errClosed) // or the layer that runs would be waited for
 	l := a.cache.lease
 	l.mu.Lock()
 	a.closed = true
 	ended := a.ended
 	a.signal()
 	l.mu.Unlock()
+	a.cancelAll(errClosed)
 	if ended != nil {
 		<-ended
 	}
@@ -324,6 +325,8 @@ func (a *armer) work() {
 			a.begun, a.answer = false, gpu.ArmedResult{ID: s.id}
 			if err := a.try(func() error { return a.run(s) }); err != nil {
 				a.fail(s, err)
+			} else {
+				s.done(&a.answer) // s is not free while it is what runs
 			}
 		case closed:
 			a.cancel()
@@ -334,24 +337,20 @@ func (a *armer) work() {
 	}
 }
 
-// run runs a step and answers it. An error means that neither is finished.
+// run runs a step. After an error it has to be failed.
 func (a *armer) run(s *armedStep) error {
-	done := s.done
-	if err := a.await(s, s.begun, s.id, "armed.step"); err != nil {
-		return err
+	if !a.await(s, s.begun, s.id) {
+		return s.overdue("armed.step")
 	}
 	a.begun = true
 	for i := range s.layers {
-		l := &s.layers[i]
-		if err := a.await(s, l.ready, 1, "armed.layers[%d].ready", i); err != nil {
-			return err
+		if !a.await(s, s.layers[i].ready, 1) {
+			return s.overdue(fmt.Sprintf("armed.layers[%d].ready", i))
 		}
 		if err := a.layer(s, i); err != nil {
 			return err
 		}
 	}
-	a.answer.Layers = a.results[:len(s.layers)]
-	done(&a.answer)
 	return nil
 }
 
@@ -400,17 +399,19 @@ func (a *armer) leave() {
 	}
 }
 
-// await waits until a word is v.
-func (a *armer) await(s *armedStep, w *armed.Word, v uint32, field string, args ...any) error {
+// await waits until a word is v, and tells whether it is.
+func (a *armer) await(s *armedStep, w *armed.Word, v uint32) bool {
 	s.waiting.Store(w)
 	defer s.waiting.Store(nil)
-	if w.Await(v, s.timeout, s.stopped) {
-		return nil
-	}
+	return w.Await(v, s.timeout, s.stopped)
+}
+
+// overdue is why a wait for a word ended.
+func (s *armedStep) overdue(field string) error {
 	if cause := s.cause.Load(); cause != nil {
 		return cause
 	}
-	return fault.Newf(fault.Deadline, fmt.Sprintf(field, args...), "was not rung within %v", s.timeout)
+	return fault.Newf(fault.Deadline, field, "was not rung within %v", s.timeout)
 }
 
 // fail ends a step and all behind it.
@@ -424,20 +425,25 @@ func (a *armer) fail(s *armedStep, err error) {
 		// It fails again if the lent memory is gone, and nobody is there to be told.
 		_ = a.try(func() error { c.poison(s, len(a.answer.Layers), kind.Code()); return nil })
 	}
-	behind := fault.Newf(fault.Cancelled, "", "step %d, which was armed before it, failed", s.id)
-	var failed [gpu.MaxArmed]*armedStep
-	n := copy(failed[:], a.queue)
+	type ended struct {
+		id   uint32
+		done func(*gpu.ArmedResult)
+	}
+	var behind []ended
 	for len(a.queue) > 0 {
+		if next := a.queue[0]; next != s {
+			behind = append(behind, ended{next.id, next.done})
+		}
 		a.leave()
 	}
-	c.lease.mu.Unlock()
+	c.lease.mu.Unlock() // from here on, those behind are free
 
 	a.answer.Err = err
-	for i, f := range failed[:n] {
-		if i > 0 {
-			a.answer = gpu.ArmedResult{ID: f.id, Err: behind}
-		}
-		f.done(&a.answer)
+	s.done(&a.answer)
+	for _, b := range behind {
+		b.done(&gpu.ArmedResult{
+			ID: b.id, Err: fault.Newf(fault.Cancelled, "", "step %d, which was armed before it, failed", s.id),
+		})
 	}
 }
 
