@@ -30,8 +30,39 @@ type Arming struct {
 	// WaitTimeout bounds each wait for the other side, the daemon's and the engine's: more than a layer
 	// takes on either. 0 means 5 s; at most a minute.
 	WaitTimeout time.Duration
+	// Device, if not nil, is where the daemon finds the batch when the step begins, in place of the Batch's
+	// sequences and slots.
+	Device *DeviceBatch
 	// Results asks for the layers' results, which Armed.Results returns.
 	Results bool
+}
+
+// DeviceBatch is a batch in a buffer, for an engine that knows it only when the step begins: rows without
+// names, and the slots written since the last step. PageSize must be a multiple of 16. A row that is
+// wrong is void, with proto PathReason BAD_ROW.
+type DeviceBatch struct {
+	Rows        int
+	Lengths     Location // int32 [Rows], 0 for a void row
+	Table       Location // int32 [Rows, TableStride]: page ids
+	TableStride int
+	Slots       Location // int64 [NumSlots], -1 for padding
+	NumSlots    int
+	FirstValid  *Location // int32 [Rows], or nil: 0
+	MaxLength   int       // bounds the lengths
+}
+
+func (d *DeviceBatch) proto() *twilightv1.DeviceBatch {
+	if d == nil {
+		return nil
+	}
+	m := &twilightv1.DeviceBatch{
+		Batch: uint32(d.Rows), Lengths: d.Lengths.proto(), Table: d.Table.proto(), TableStride: uint32(d.TableStride),
+		Slots: d.Slots.proto(), NumSlots: uint32(d.NumSlots), MaxLength: uint32(d.MaxLength),
+	}
+	if d.FirstValid != nil {
+		m.FirstValid = d.FirstValid.proto()
+	}
+	return m
 }
 
 // ArmedLayer is where one layer of an armed step has its tensors. Query and output lie in buffers.
@@ -150,7 +181,7 @@ func (c *Cache) startArmed(ctx context.Context, b *Batch, how *Arming) (*call, *
 		return nil, nil, err
 	}
 	timeout := cmp.Or(how.WaitTimeout, defaultWaitTimeout)
-	m.Armed = c.arming.set(how, w, timeout)
+	m.Armed, m.Device = c.arming.set(how, w, timeout), how.Device.proto()
 	a := &Armed{cache: c, lease: l, id: m.GetStepId(), words: w, timeout: timeout, done: make(chan struct{})}
 	a.stopped = func() bool { return a.failure.Load() != nil }
 	if err := l.expect(a); err != nil {

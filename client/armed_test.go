@@ -3,6 +3,7 @@ package client_test
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"testing"
 	"time"
@@ -160,6 +161,41 @@ func TestArmed(t *testing.T) {
 	}
 	if err := e.cache.Close(t.Context()); err != nil {
 		t.Error(err)
+	}
+	if err := e.session.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A batch that the daemon reads when the step begins gives the bits of the message's.
+func TestArmedDeviceBatch(t *testing.T) {
+	t.Parallel()
+	const from = 100
+	want := bits(t, from, 1)[0]
+	e := newArmedEngine(t, dial(t, serve(t, "").Target()), nil)
+	e.grow(from + 1)
+	batch, err := e.session.NewBuffer(t.Context(), 8192, client.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(offset int) client.Location { return client.Location{Buffer: batch, Offset: offset} }
+	e.how.Device = &client.DeviceBatch{
+		Rows: 1, Lengths: at(0), Table: at(64), TableStride: len(e.table), Slots: at(4096), NumSlots: e.length, MaxLength: maxTokens,
+	}
+	a, err := e.cache.Arm(t.Context(), client.Batch{}, e.how)
+	if err != nil {
+		t.Fatal(err)
+	}
+	binary.LittleEndian.PutUint32(batch.Bytes(), uint32(e.length))
+	for i, page := range e.table {
+		binary.LittleEndian.PutUint32(batch.Bytes()[64+4*i:], uint32(page))
+	}
+	for n := range e.length {
+		slot := int(e.table[n/e.layout.PageSize])*e.layout.PageSize + n%e.layout.PageSize
+		binary.LittleEndian.PutUint64(batch.Bytes()[4096+8*n:], uint64(slot))
+	}
+	if got, err := e.replay(a, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("differs, or failed with %v", err)
 	}
 	if err := e.session.Close(); err != nil {
 		t.Error(err)

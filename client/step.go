@@ -100,7 +100,7 @@ func (c *Cache) startStep(ctx context.Context, b *Batch) (*call, *Step, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	m.Armed = nil
+	m.Armed, m.Device = nil, nil
 	step := &Step{cache: c, lease: l, id: m.GetStepId()}
 	call, err := c.sendStep(ctx, l, m, nil)
 	return call, step, err

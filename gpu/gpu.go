@@ -212,8 +212,10 @@ type ArmedStep struct {
 	// ID is what the word Begun holds once the step has begun: not 0, and another in each step.
 	ID            uint32
 	Begun, Status Span
-	// Step is the batch.
-	Step *kv.Step
+	// Step is the batch; Batch, in its place, tells where it will lie when the step begins. Behind a step
+	// with a Batch only another can be armed.
+	Step  *kv.Step
+	Batch *DeviceBatch
 	// Layers are in the order in which they run, each at most once.
 	Layers []ArmedLayer
 	// WaitTimeout bounds the device's wait for any one word; 0 means DefaultWaitTimeout.
@@ -221,6 +223,23 @@ type ArmedStep struct {
 	// Done is called once, when the device has let go of the words and tensors of a step that was armed.
 	// Later steps wait for its return. It must not call the lease or what hangs on it.
 	Done func(*ArmedResult)
+}
+
+// DeviceBatch is a batch of anonymous rows that lies in memory. A row that fails its checks is void, with
+// pipeline.BadRow; a slot that does fails the step.
+type DeviceBatch struct {
+	Rows    int
+	Lengths Span // int32 [Rows]
+	// Table is int32 [Rows, TableStride]: the page ids of each row.
+	Table       Span
+	TableStride int
+	// Slots is int64 [NumSlots]: the slots written since the last step, -1 for padding.
+	Slots    Span
+	NumSlots int
+	// FirstValid is int32 [Rows], or of no Memory: 0.
+	FirstValid Span
+	// MaxLength bounds the lengths.
+	MaxLength int
 }
 
 // ArmedLayer is a layer of an ArmedStep. Query and output lie in memory.

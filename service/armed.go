@@ -18,6 +18,7 @@ type armedCache struct {
 	// step says where words and tensors lie; the next may be as before. lists are what its layers point to.
 	step  gpu.ArmedStep
 	lists []gpu.ListBuffer
+	batch gpu.DeviceBatch
 	known bool // step is of regions that are all there
 	// regions are those that armed steps may use.
 	regions []uint32
@@ -53,9 +54,15 @@ func (l *lease) arm(ctx context.Context, c *cache, req *twilightv1.Step) (*twili
 	if err := l.describe(a, req.GetArmed()); err != nil {
 		return nil, fault.In("armed", err)
 	}
+	a.step.Step, a.step.Batch = kvStep(req), nil
+	if device := req.GetDevice(); device != nil {
+		a.step.Step, a.step.Batch = nil, &a.batch
+		if err := l.describeBatch(a, device); err != nil {
+			return nil, fault.In("device", err)
+		}
+	}
 	id, results := req.GetStepId(), req.GetArmed().GetLayerResults()
 	a.step.ID = uint32(id)
-	a.step.Step = kvStep(req)
 	a.step.WaitTimeout = time.Duration(req.GetArmed().GetWaitTimeoutMs()) * time.Millisecond
 	pending, answered, message := a.pending, a.answered, a.message
 	a.step.Done = func(r *gpu.ArmedResult) {
@@ -161,6 +168,32 @@ func (l *lease) describeLayer(a *armedCache, i int, req *twilightv1.ArmedLayer) 
 			return err
 		}
 		return l.armedSpan(a, &list.Counts, buffer.GetCounts(), "lists.counts")
+	}
+	return nil
+}
+
+// describeBatch says where a batch lies that the device reads when the step begins.
+func (l *lease) describeBatch(a *armedCache, req *twilightv1.DeviceBatch) error {
+	a.batch = gpu.DeviceBatch{
+		Rows: int(req.GetBatch()), TableStride: int(req.GetTableStride()),
+		NumSlots: int(req.GetNumSlots()), MaxLength: int(req.GetMaxLength()),
+	}
+	for _, part := range []struct {
+		to   *gpu.Span
+		from *twilightv1.Location
+		name string
+	}{
+		{&a.batch.Lengths, req.GetLengths(), "lengths"},
+		{&a.batch.Table, req.GetTable(), "table"},
+		{&a.batch.Slots, req.GetSlots(), "slots"},
+		{&a.batch.FirstValid, req.GetFirstValid(), "first_valid"},
+	} {
+		if part.from == nil {
+			continue
+		}
+		if err := l.armedSpan(a, part.to, part.from, part.name); err != nil {
+			return err
+		}
 	}
 	return nil
 }

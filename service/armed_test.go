@@ -141,6 +141,46 @@ func TestArmedStep(t *testing.T) {
 	e.must(request(&twilightv1.CancelStep{CacheId: 1, StepId: 5})) // which is over
 }
 
+// A batch that lies in lent memory when the step begins is that of the message.
+func TestArmedDeviceBatch(t *testing.T) {
+	t.Parallel()
+	e := startHost(t, Config{}).armedLease()
+	e.arm(armedStep(1))
+	_, want := e.replay(1)
+	const lengths, table, slots, firstValid = 16384, 16400, 16416, 16800
+	device := &twilightv1.DeviceBatch{
+		Batch: 1, Lengths: armedAt(lengths), Table: armedAt(table), TableStride: 2,
+		Slots: armedAt(slots), NumSlots: 20, FirstValid: armedAt(firstValid), MaxLength: 32,
+	}
+	req := armedStep(2)
+	req.GetStep().Sequences, req.GetStep().Lengths, req.GetStep().Table, req.GetStep().Device = nil, nil, nil, device
+	e.arm(req)
+	// Known only now: one row of 20 tokens on pages 0 and 1, all of them new.
+	e.memory.bytes[lengths], e.memory.bytes[table+4] = 20, 1
+	for i := range 20 {
+		e.memory.bytes[slots+8*i] = byte(i)
+	}
+	if m, got := e.replay(2); m.GetError() != nil || !bytes.Equal(got, want) {
+		t.Errorf("a batch in lent memory: %v, or another output", m)
+	}
+
+	e.memory.bytes[slots+7] = 0x40 // a slot far beyond the cache
+	again := armedStep(3)
+	again.GetStep().Sequences, again.GetStep().Lengths, again.GetStep().Table, again.GetStep().Device = nil, nil, nil, device
+	e.arm(again)
+	e.begin(3)
+	if m := e.done(3); m.GetError().GetField() != "step.device.slots.slots[0]" {
+		t.Errorf("a slot beyond the cache: %v", m)
+	}
+	plain := step(4)
+	plain.GetStep().Device = device
+	e.refusedAs(plain, twilightv1.ErrorCode_ERROR_CODE_UNSUPPORTED, "step.device")
+	elsewhere := armedStep(4)
+	elsewhere.GetStep().Device = proto.CloneOf(device)
+	elsewhere.GetStep().Device.Table.RegionId = 9
+	e.refusedAs(elsewhere, twilightv1.ErrorCode_ERROR_CODE_NOT_FOUND, "step.device.table.region_id")
+}
+
 func TestArmedRefusals(t *testing.T) {
 	t.Parallel()
 	e := startHost(t, Config{}).armedLease()

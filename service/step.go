@@ -21,11 +21,14 @@ func (l *lease) step(ctx context.Context, req *twilightv1.Step) (*twilightv1.Ste
 	case req.GetStepId() <= c.lastStep:
 		return nil, fault.Newf(fault.Precondition, "step_id",
 			"is %d, but the cache has had step %d: step ids grow", req.GetStepId(), c.lastStep)
-	case req.GetDevice() != nil:
+	case req.GetDevice() != nil && !l.info.DeviceBatch:
 		return nil, fault.Newf(fault.Unsupported, "device",
 			"device %s reads no batches from lent memory: send the columns", l.info.ID)
 	case req.GetArmed() != nil:
 		return l.arm(ctx, c, req)
+	case req.GetDevice() != nil:
+		return nil, fault.Newf(fault.Unsupported, "device",
+			"is set, but the step is not armed: only armed steps read their batch from lent memory")
 	}
 	if err := c.device.Step(ctx, kvStep(req)); err != nil {
 		return nil, err

@@ -12,6 +12,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 // patience is how long a test waits for what must come.
@@ -581,4 +582,155 @@ func testArmedNeighbours(t *testing.T, s *suite) {
 	}
 	plain := s.engine(t, standard())
 	same(t, "by messages beside silent engines", want, plain.decode(rows...))
+}
+
+// testDeviceBatches arms steps whose batches the device reads when they begin: they give what the same
+// batches give by message, and rows that are wrong harm nobody.
+func testDeviceBatches(t *testing.T, s *suite) {
+	if !s.info.DeviceBatch {
+		t.Skip("the device reads no batches")
+	}
+	setup := standard()
+	setup.config = unequalized
+	e, plain := s.armedEngine(t, setup), s.engine(t, setup)
+	size, numPages := setup.shape.PageSize, e.layout.NumPages
+	stride := (e.tokens + size - 1) / size
+	const lengthsAt, firstAt, tableAt, slotsAt = 0, 256, 512, 1 << 14
+	memory := s.memory.Alloc(t, 1<<17)
+	lent := must(e.lease.Import(t.Context(), memory.Region(t, 1<<17, false)))(t)
+	span := func(at uint64) gpu.Span { return gpu.Span{Memory: lent, Offset: at} }
+	describe := func(rows, slots int) *gpu.ArmedStep {
+		a := e.describe(&kv.Step{Lengths: make([]int32, rows)})
+		a.Step = nil
+		a.Batch = &gpu.DeviceBatch{
+			Rows: rows, Lengths: span(lengthsAt), FirstValid: span(firstAt), Table: span(tableAt), TableStride: stride,
+			Slots: span(slotsAt), NumSlots: slots, MaxLength: e.tokens,
+		}
+		return a
+	}
+	arm := func(rows, slots int) uint32 {
+		t.Helper()
+		a := describe(rows, slots)
+		if err := e.cache.Arm(t.Context(), a); err != nil {
+			t.Fatal(err)
+		}
+		return a.ID
+	}
+	put := func(at int, values ...int32) {
+		for i, v := range values {
+			memory.Write(at+4*i, []byte{byte(v), byte(v >> 8), byte(v >> 16), byte(v >> 24)})
+		}
+	}
+	slot := func(sequence, n int) int64 { return int64(e.tables[sequence][n/size])*int64(size) + int64(n%size) }
+	// write puts a batch in place, and returns it as a message says it.
+	write := func(rows []seq, slots []int64) *kv.Step {
+		step := e.batch(rows...)
+		step.Sequences, step.BySlots, step.Slots = nil, true, slots
+		entries := step.TableEntries
+		for b, row := range rows {
+			put(lengthsAt+4*b, int32(row.length))
+			put(firstAt+4*b, int32(row.first))
+			n := int(step.TableCounts[b])
+			put(tableAt+4*b*stride, entries[:n]...)
+			entries = entries[n:]
+		}
+		for i, x := range slots {
+			put(slotsAt+8*i, int32(x), int32(x>>32))
+		}
+		return step
+	}
+
+	// All tokens, then decode steps whose batch is armed before it is known, rows in any order.
+	var slots []int64
+	for sequence := range e.keys {
+		for n := range 200 {
+			slots = append(slots, slot(sequence, n))
+		}
+	}
+	rows := []seq{{0, 200, 0}, {1, 200, 0}, {2, 200, 0}}
+	next := arm(len(rows), len(slots))
+	plain.step(write(rows, slots))
+	want := plain.layers(rows...)
+	same(t, "all tokens", want, e.replay(next, rows))
+	for n := 201; n < 240; n++ {
+		id := arm(3, 3)
+		if n%2 == 0 {
+			rows[0], rows[2] = rows[2], rows[0]
+		}
+		for i := range rows {
+			rows[i].length = n
+		}
+		if n == 220 {
+			rows[1].length = 0
+		}
+		slots := make([]int64, len(rows))
+		for i, row := range rows {
+			slots[i] = slot(row.sequence, n-1)
+		}
+		plain.step(write(rows, slots))
+		same(t, fmt.Sprint("at length ", n), plain.layers(rows...), e.replay(id, rows))
+	}
+
+	// Wrong rows are void, and their neighbours what they are beside void rows.
+	step := write(rows, []int64{-1})
+	plain.step(step)
+	whole := plain.layers(rows...)
+	for name, spoil := range map[string]func(){
+		"negative length": func() { put(lengthsAt+4, -1) },
+		"length":          func() { put(lengthsAt+4, int32(e.tokens+1)) },
+		"first":           func() { put(firstAt+4, int32(rows[1].length)) },
+		"negative first":  func() { put(firstAt+4, -5) },
+		"page":            func() { put(tableAt+4*stride, int32(numPages)) },
+		"negative page":   func() { put(tableAt+4*stride+4, -1) },
+	} {
+		write(rows, []int64{-1})
+		spoil()
+		id := arm(len(rows), 1)
+		got := e.replay(id, rows)
+		heads := e.geometry.KVHeads
+		for i, r := range got {
+			for row := heads; row < 2*heads; row++ {
+				if r.Paths[row] != pipeline.Void || r.Reasons[row] != pipeline.BadRow || r.Kept[row] != 0 {
+					t.Errorf("%s: layer %d, row %d: path %d, reason %d, %d kept", name, i, row, r.Paths[row], r.Reasons[row], r.Kept[row])
+				}
+			}
+			size := e.outputSize()
+			if !bytes.Equal(r.Output[:size], whole[i].Output[:size]) || !bytes.Equal(r.Output[2*size:], whole[i].Output[2*size:]) ||
+				bytes.ContainsFunc(r.Output[size:2*size], func(c rune) bool { return c != 0 }) {
+				t.Errorf("%s: layer %d: outputs are not those beside a void row", name, i)
+			}
+		}
+	}
+	write(rows, []int64{int64(numPages * size)})
+	id := arm(len(rows), 1)
+	e.begin(id)
+	e.failed(id, fault.OutOfRange, "device.slots.slots[0]", true, 0, len(rows))
+	write(rows, []int64{-1})
+	same(t, "afterwards", whole, e.replay(arm(len(rows), 1), rows))
+
+	// Refusals.
+	for _, tc := range []struct {
+		field string
+		kind  fault.Kind
+		edit  func(b *gpu.DeviceBatch)
+	}{
+		{"device.batch", fault.Exhausted, func(b *gpu.DeviceBatch) { b.Rows = 0 }},
+		{"device.batch", fault.Exhausted, func(b *gpu.DeviceBatch) { b.Rows = s.info.Limits.Batch + 1 }},
+		{"device.max_length", fault.Exhausted, func(b *gpu.DeviceBatch) { b.MaxLength = math.MaxInt32 }},
+		{"device.table_stride", fault.Invalid, func(b *gpu.DeviceBatch) { b.TableStride-- }},
+		{"device.slots", fault.Invalid, func(b *gpu.DeviceBatch) { b.Slots = gpu.Span{} }},
+		{"device.slots.offset", fault.OutOfRange, func(b *gpu.DeviceBatch) { b.NumSlots = math.MaxInt32 }},
+		{"device.lengths.offset", fault.Invalid, func(b *gpu.DeviceBatch) { b.Lengths.Offset++ }},
+		{"device.table", fault.NotFound, func(b *gpu.DeviceBatch) { b.Table = gpu.Span{} }},
+	} {
+		a := describe(len(rows), 1)
+		tc.edit(a.Batch)
+		refused(t, e.cache.Arm(t.Context(), a), tc.kind, tc.field)
+	}
+	first := arm(len(rows), 1)
+	refused(t, e.cache.Arm(t.Context(), e.describe(e.batch(rows...))), fault.Precondition, "armed")
+	refused(t, lent.Release(), fault.Precondition, "region_id")
+	second := arm(len(rows), 1)
+	same(t, "one", whole, e.replay(first, rows))
+	same(t, "and the next", whole, e.replay(second, rows))
 }

@@ -88,6 +88,7 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 		{"ArmedRefusals", testArmedRefusals},
 		{"ArmedLifetimes", testArmedLifetimes},
 		{"ArmedNeighbours", testArmedNeighbours},
+		{"DeviceBatches", testDeviceBatches},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			device := newDevice(t)

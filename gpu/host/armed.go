@@ -51,7 +51,9 @@ type armer struct {
 // armedStep is an armed step. Its memory is reused.
 type armedStep struct {
 	id            uint32
+	rows          int
 	batch         kv.Step
+	lent          lentBatch // where batch is read from, if its step was armed so
 	begun, status *armed.Word
 	words         [2]extent // of begun and status
 	layers        []armedLayer
@@ -96,7 +98,7 @@ func (a *armer) idle() error {
 // uses tells whether an armed step does anything in m.
 func (a *armer) uses(m *memory) bool {
 	return slices.ContainsFunc(a.queue, func(s *armedStep) bool {
-		uses := s.words[0].memory == m || s.words[1].memory == m
+		uses := s.words[0].memory == m || s.words[1].memory == m || s.lent.uses(m)
 		for i := range s.layers {
 			l := &s.layers[i]
 			for _, e := range [...]extent{l.words[0], l.words[1], l.queryAt, l.outputAt.extent, l.lists, l.counts} {
@@ -129,16 +131,11 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	if err := c.fill(s, step); err != nil {
 		return err
 	}
-	// Behind another step the batch is only checked: that one still needs its own.
-	declare := c.tracker.Check
-	if len(a.queue) == 0 {
-		declare = c.tracker.Step
+	if step.Batch == nil {
+		if err := a.declare(s, step.Step); err != nil {
+			return err
+		}
 	}
-	if err := declare(step.Step); err != nil {
-		return err
-	}
-	c.stepped = true
-	s.batch.Copy(step.Step)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.queue = append(a.queue, s)
@@ -148,6 +145,24 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 		go a.work()
 	}
 	a.signal()
+	return nil
+}
+
+// declare checks a step's batch, and makes it current unless another step still needs its own.
+func (a *armer) declare(s *armedStep, step *kv.Step) error {
+	declare := a.cache.tracker.Step
+	if n := len(a.queue); n > 0 {
+		if a.queue[n-1].lent.rows > 0 {
+			return fault.Newf(fault.Precondition, "armed",
+				"step %d, which is armed before, brings its batch when it begins: wait for its end", a.queue[n-1].id)
+		}
+		declare = a.cache.tracker.Check
+	}
+	if err := declare(step); err != nil {
+		return err
+	}
+	a.cache.stepped = true
+	s.batch.Copy(step)
 	return nil
 }
 
@@ -179,6 +194,15 @@ func (c *cache) fill(s *armedStep, step *gpu.ArmedStep) (err error) {
 	if s.status, s.words[1], err = c.lease.word(step.Status, "armed.status"); err != nil {
 		return err
 	}
+	s.rows, s.lent = 0, lentBatch{bad: s.lent.bad}
+	if step.Batch != nil {
+		if err := c.locateBatch(&s.lent, step.Batch); err != nil {
+			return fault.In("device", err)
+		}
+		s.rows = step.Batch.Rows
+	} else {
+		s.rows = len(step.Step.Lengths)
+	}
 	s.layers = sized(s.layers, len(step.Layers))
 	for i := range step.Layers {
 		if err := c.fillLayer(s, step, i); err != nil {
@@ -189,7 +213,7 @@ func (c *cache) fill(s *armedStep, step *gpu.ArmedStep) (err error) {
 }
 
 func (c *cache) fillLayer(s *armedStep, step *gpu.ArmedStep, i int) (err error) {
-	g, l, from, rows := &c.lease.geometry, &s.layers[i], &step.Layers[i], len(step.Step.Lengths)
+	g, l, from, rows := &c.lease.geometry, &s.layers[i], &step.Layers[i], s.rows
 	if _, err := c.index(from.Layer, "layer"); err != nil {
 		return err
 	}
@@ -343,6 +367,11 @@ func (a *armer) run(s *armedStep) error {
 		return s.overdue("armed.step")
 	}
 	a.begun = true
+	if s.lent.rows > 0 {
+		if err := a.readBatch(s); err != nil {
+			return err
+		}
+	}
 	for i := range s.layers {
 		if !a.await(s, s.layers[i].ready, 1) {
 			return s.overdue(fmt.Sprintf("armed.layers[%d].ready", i))
@@ -374,6 +403,7 @@ func (a *armer) layer(s *armedStep, i int) error {
 		}
 		return fault.In(fmt.Sprintf("armed.layers[%d]", i), armedFields(err))
 	}
+	s.lent.mark(&a.results[i], c.lease)
 	a.answer.Layers = a.results[:i+1]
 	if i == len(s.layers)-1 {
 		a.leave()
@@ -390,7 +420,7 @@ func (a *armer) leave() {
 		a.ctx, a.cancel = context.WithCancel(context.Background())
 	}
 	a.mu.Unlock()
-	if len(a.queue) > 0 {
+	if len(a.queue) > 0 && a.queue[0].lent.rows == 0 {
 		next := a.queue[0]
 		// It was checked against what this step left, which nothing has changed since.
 		if err := a.cache.tracker.Step(&next.batch); err != nil {
@@ -449,7 +479,7 @@ func (a *armer) fail(s *armedStep, err error) {
 
 // allWords are where a step's words lie.
 func (s *armedStep) allWords() []extent {
-	all := s.words[:]
+	all := append(s.words[:], s.lent.extents[:]...)
 	for i := range s.layers {
 		for _, e := range s.layers[i].words {
 			e.field = fmt.Sprintf("armed.layers[%d].%s", i, e.field)
@@ -466,7 +496,7 @@ func (c *cache) poison(s *armedStep, done int, code uint32) {
 	vector := make([]byte, g.VDim*g.Output.Size())
 	g.Output.Encode(vector, slices.Repeat([]float32{float32(math.NaN())}, g.VDim))
 	for i := done; i < len(s.layers); i++ {
-		for b := range s.batch.Lengths {
+		for b := range s.rows {
 			for h := range g.QueryHeads {
 				copy(s.layers[i].outputAt.at(b, h), vector)
 			}

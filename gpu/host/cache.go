@@ -18,6 +18,7 @@ type cache struct {
 	layers  []layer
 	byModel map[int]int // the model's layer index to that in layers
 	tracker *kv.Tracker
+	paging  kv.TrackerConfig
 	stepped bool
 	closed  bool
 

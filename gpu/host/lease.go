@@ -277,7 +277,7 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	}
 	g := &l.geometry
 	c := &cache{
-		lease: l, layers: p.layers, tracker: tracker, arena: arena, taken: p.taken,
+		lease: l, layers: p.layers, tracker: tracker, paging: p.tracker, arena: arena, taken: p.taken,
 		byModel: make(map[int]int, len(p.layers)), job: newJob(),
 	}
 	for i := range p.layers {

@@ -233,7 +233,8 @@ type Step struct {
 	// Index what is new in all layers now, run no attention; no Layer follows. Done after a prefill, so
 	// that the first decode step need not.
 	IndexOnly bool `protobuf:"varint,10,opt,name=index_only,json=indexOnly,proto3" json:"index_only,omitempty"`
-	// Lengths, tables and slots that the device reads when the step runs; replaces the columns above.
+	// Lengths, tables and slots that the device reads when the step begins; replaces the columns above. Only
+	// with armed.
 	Device *DeviceBatch `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`
 	// All layers of the step meet the engine at words in lent memory instead of by Layer messages. Not with
 	// index_only.
@@ -559,8 +560,10 @@ func (x *WrittenSlots) GetSlots() []int64 {
 	return nil
 }
 
-// A batch that the engine knows only on the device (asynchronous scheduling). Values are checked on
-// the device; a row that fails is answered as a void row with PATH_REASON_BAD_ROW.
+// A batch that the engine knows only on the device (asynchronous scheduling). Its rows are anonymous, and
+// slots tell what is new: page_size must be a multiple of 16. Values are checked on the device; a row that
+// fails is answered as a void row with PATH_REASON_BAD_ROW, a slot that does fails the step. Behind a step
+// with such a batch only another can be armed.
 type DeviceBatch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rows, void ones included (B).
@@ -1866,13 +1869,13 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"\vtruncate_to\x18\x03 \x03(\x05R\n" +
 	"truncateTo\"$\n" +
 	"\fWrittenSlots\x12\x14\n" +
-	"\x05slots\x18\x01 \x03(\x03R\x05slots\"\xf0\x02\n" +
+	"\x05slots\x18\x01 \x03(\x03R\x05slots\"\xf8\x02\n" +
 	"\vDeviceBatch\x12\x1d\n" +
 	"\x05batch\x18\x01 \x01(\rB\a\xbaH\x04*\x02(\x01R\x05batch\x127\n" +
 	"\alengths\x18\x02 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\alengths\x123\n" +
 	"\x05table\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x05table\x12*\n" +
-	"\ftable_stride\x18\x04 \x01(\rB\a\xbaH\x04*\x02(\x01R\vtableStride\x12+\n" +
-	"\x05slots\x18\x05 \x01(\v2\x15.twilight.v1.LocationR\x05slots\x12\x1b\n" +
+	"\ftable_stride\x18\x04 \x01(\rB\a\xbaH\x04*\x02(\x01R\vtableStride\x123\n" +
+	"\x05slots\x18\x05 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x05slots\x12\x1b\n" +
 	"\tnum_slots\x18\x06 \x01(\rR\bnumSlots\x126\n" +
 	"\vfirst_valid\x18\a \x01(\v2\x15.twilight.v1.LocationR\n" +
 	"firstValid\x12&\n" +
