@@ -157,8 +157,8 @@ type CacheSpec struct {
 	K, V               Strides
 	NullPage           int32 // -1: none
 	Layers             []CacheLayer
-	// MaxTokens bounds the tokens of all live sequences where PageSize is no multiple of 16; 0 means
-	// NumPages*PageSize.
+	// MaxTokens bounds the tokens of all live sequences where PageSize is no multiple of 16, or where
+	// methods remember something of each sequence; 0 means NumPages*PageSize.
 	MaxTokens int
 }
 
@@ -290,6 +290,22 @@ type LayerRequest struct {
 	// P and TokenBudget are nil, or per sequence; 0 keeps the config's.
 	P           []float32
 	TokenBudget []uint32
+	// Observation is what the engine saw of its prefill, which ended before the query's position or,
+	// without a query, with the last one; nil without.
+	Observation *Observation
+}
+
+// Observation is what the prefill of every row of the step saw, for methods that start from it. Tensors
+// are packed. A part may be absent: nil, and of no length.
+type Observation struct {
+	// WindowQueries are the queries of the prefill's last Window positions, [B, Window, Hq, KDim] of the
+	// query dtype.
+	WindowQueries *Tensor
+	Window        int
+	// Mass is the softmax weight that each position got from all queries of the prefill, fp32
+	// [B, Hq, MassTokens]. What lies behind a row's prefill is ignored.
+	Mass       *Tensor
+	MassTokens int
 }
 
 // LayerResult is a layer's answer. Columns of R are ordered by sequence, then head.

@@ -113,4 +113,32 @@ func TestCapture(t *testing.T) {
 			}
 		})
 	}
+	for name, shift := range map[string]map[int]float32{"as they are": nil, "outlier channels": {3: 16, 60: -32}} {
+		t.Run("coverage of keys "+name, func(t *testing.T) {
+			t.Parallel()
+			c, err := capture.Decode(testdata.SmolLM2)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := capture.ShiftKeys(c, shift); err != nil {
+				t.Fatal(err)
+			}
+			var scratch capture.Scratch
+			const config = `{"selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"},
+				"coverage": 0.97, "group": "per_query_head", "skip_first_two_layers": false}`
+			sum, worst, candidates, n := 0.0, 1.0, 0, 0
+			replay(t, c, config, func(layer, step, head int, list []int32, _ []float32) {
+				_, weights := c.Dense(layer, step, head, &scratch)
+				mass, err := capture.Mass(weights, list)
+				if err != nil {
+					t.Fatal(err)
+				}
+				sum, worst, candidates, n = sum+mass, min(worst, mass), candidates+len(list), n+1
+			})
+			// A fixed budget of as many has a worst row of .64.
+			if mean := sum / float64(n); !(mean >= .96 && mean <= .99 && worst >= .8 && candidates <= 1500*n) {
+				t.Errorf("mean true coverage %v, worst %v, %d candidates of %d rows", mean, worst, candidates, n)
+			}
+		})
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/attention"
+	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pruner"
@@ -16,11 +17,14 @@ import (
 
 // Pipeline runs rows of one geometry by one config. It is safe for concurrent use.
 type Pipeline struct {
-	config    Config
-	geometry  kv.Geometry
-	selector  selector.Selector
-	estimator pruner.Estimator
-	pruner    pruner.Pruner
+	config      Config
+	geometry    kv.Geometry
+	compressor  compressor.Compressor // nil for none
+	selector    selector.Selector
+	estimator   pruner.Estimator
+	pruner      pruner.Pruner
+	least, most int  // tokens of a list; most is 0 for no limit
+	scores      bool // the selector looks at those of a State
 }
 
 // New makes a pipeline. A config out of range is a *fault.Error.
@@ -28,13 +32,19 @@ func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	return &Pipeline{
-		config:    *cfg,
-		geometry:  *g,
-		selector:  cfg.Selector.Config.New(),
-		estimator: cfg.Estimator.Config.New(),
-		pruner:    cfg.Pruner.Config.New(),
-	}, nil
+	p := &Pipeline{
+		config:     *cfg,
+		geometry:   *g,
+		compressor: cfg.Compressor.Config.New(),
+		selector:   cfg.Selector.Config.New(),
+		estimator:  cfg.Estimator.Config.New(),
+		pruner:     cfg.Pruner.Config.New(),
+	}
+	p.scores = selector.NeedsOf(p.selector).Scores
+	if limiter, ok := p.pruner.(pruner.Limiter); ok {
+		p.least, p.most = limiter.Budget()
+	}
+	return p, nil
 }
 
 // Shadows returns what the selector and the estimator keep of the keys; either may be nil.
@@ -45,11 +55,18 @@ func (p *Pipeline) Shadows() (selector, estimator kv.Shadow) {
 // Fits reports what keeps the config from serving a layer, by the model's index, as a *fault.Error whose
 // field is the config's key at fault.
 func (p *Pipeline) Fits(layer int) error {
-	fitter, ok := p.selector.(selector.Fitter)
-	if !ok || p.skips(layer) {
+	if p.skips(layer) {
 		return nil
 	}
-	return fault.In("selector", fitter.Fits(layer, &p.geometry))
+	if fitter, ok := p.selector.(selector.Fitter); ok {
+		if err := fitter.Fits(layer, &p.geometry); err != nil {
+			return fault.In("selector", err)
+		}
+	}
+	if limiter, ok := p.pruner.(pruner.Limiter); ok {
+		return fault.In("weight_pruner", limiter.Fits(layer, &p.geometry))
+	}
+	return nil
 }
 
 // skips says whether all rows of a layer are dense, whatever the methods.
@@ -58,6 +75,8 @@ func (p *Pipeline) skips(layer int) bool { return p.config.SkipFirstTwoLayers &&
 // Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
 // goroutine and one Pipeline.
 type Scratch struct {
+	compressor compressor.Row
+	windows    matrix // scaled queries of a prompt's end, [G][window*KDim]
 	selector   selector.Row
 	estimator  pruner.Row
 	pruner     pruner.Candidates
@@ -68,9 +87,13 @@ type Scratch struct {
 	weights    matrix // [heads][candidates]
 	first      matrix // logit of the first valid token, [heads][1]
 	candidates []int32
-	kept       []int32 // indices into candidates
-	isKept     []bool  // [candidates], by any head
-	fit        fit
+	more       []int32   // candidates that join those before
+	moreLogits matrix    // [heads][more]
+	tops       []float32 // largest logits, [heads]
+	cover      cover
+	kept       []int32   // indices into candidates
+	isKept     []bool    // [candidates], by any head
+	shares     []float32 // of the candidates in the heads' weights
 }
 
 // matrix is rows of equal length in one piece of memory.
@@ -93,6 +116,7 @@ func (m *matrix) shape(rows, columns int) [][]float32 {
 func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	p.prepare(s, row, res)
 	res.Path, res.Reason = Sparse, 0
+	p.open(row)
 	if reason := p.denseReason(row); reason != 0 {
 		p.dense(s, row, res, reason)
 		return
@@ -104,6 +128,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	}
 	for from := 0; from < heads; from += step {
 		if !p.sparse(s, row, res, from, from+step) {
+			p.gainNothing(row)
 			p.dense(s, row, res, NotFinite)
 			return
 		}
@@ -114,7 +139,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 func (p *Pipeline) denseReason(row *Row) Reason {
 	c := &p.config
 	switch {
-	case c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
+	case c.Compressor.Type == none && c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
 		return Configured
 	case p.skips(row.Layer):
 		return SkippedLayer
@@ -127,10 +152,7 @@ func (p *Pipeline) denseReason(row *Row) Reason {
 // prepare sizes the result and tells the stages about the row.
 func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	g := &p.geometry
-	heads, lists := g.Group(), 1
-	if p.config.Group == PerQueryHead {
-		lists = heads
-	}
+	heads, lists := g.Group(), p.lists()
 	res.lists = slices.Grow(res.lists[:0], lists)[:lists]
 	res.Kept = slices.Grow(res.Kept[:0], lists)[:lists]
 	res.Candidates = slices.Grow(res.Candidates[:0], lists)[:lists]
@@ -141,8 +163,21 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
 	}
 	res.Lists, res.Timing = nil, Timing{}
+	p.ask(s, row)
+	s.estimator = pruner.Row{
+		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
+	}
+	s.attended = attention.Row{Queries: s.scaled.rows, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
+	if g.Sinks != nil {
+		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+	}
+}
 
-	queries := s.scaled.shape(heads, g.KDim)
+// ask scales the queries and tells the selector about the row.
+func (p *Pipeline) ask(s *Scratch, row *Row) {
+	g := &p.geometry
+	heads := g.Group()
+	s.scaled.shape(heads, g.KDim)
 	vek32.MulNumber_Into(s.scaled.flat, row.Queries[:heads*g.KDim], g.Scale)
 	s.selector = selector.Row{
 		Layer: row.Layer, Head: row.KVHead,
@@ -150,14 +185,10 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 		Keys: row.Keys, Records: row.SelectorRecords,
 		TokenBudget: row.TokenBudget,
 		PinFirst:    p.config.PinFirstChunk, PinCurrent: p.config.PinCurrentChunk,
-		Bounds: s.selector.Bounds[:0], Scratch: s.selector.Scratch,
+		Ranking: s.selector.Ranking, Scratch: s.selector.Scratch,
 	}
-	s.estimator = pruner.Row{
-		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
-	}
-	s.attended = attention.Row{Queries: queries, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
-	if g.Sinks != nil {
-		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+	if p.covers(row) {
+		s.selector.TokenBudget = max(1, p.config.CoverageFloor)
 	}
 }
 
@@ -183,19 +214,24 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	start := time.Now()
 	queries := s.scaled.rows[from:to]
 	s.selector.Queries, s.estimator.Queries = queries, queries
-	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	list := from / len(queries)
+	p.candidates(s, row, list)
+	s.cover.begin(&s.selector, p.geometry.Softcap)
 	selected := time.Now()
 	res.Timing.Select += selected.Sub(start)
 
-	if !p.estimate(s, row, len(queries)) {
+	if !p.estimate(s, row) {
 		return false
 	}
-	list := from / len(queries)
 	coverage := res.Coverage[from:to]
 	for h := range queries {
-		coverage[h] = p.prune(s, row, h)
+		coverage[h] = p.prune(s, row, h, row.KVHead*p.geometry.Group()+from+h)
 	}
+	p.limit(s)
 	res.lists[list] = s.list(res.lists[list][:0], res.Mass[from:to], coverage)
+	if p.scores {
+		row.State.lists[list].gain(res.lists[list], s.kept, s.weights.rows)
+	}
 	res.Candidates[list], res.Kept[list] = len(s.candidates), len(res.lists[list])
 	pruned := time.Now()
 	res.Timing.Prune += pruned.Sub(selected)
@@ -207,32 +243,83 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	return true
 }
 
-// estimate fills logits, softcapped, weights and the first tokens' logits. It reports whether all
-// estimates are finite.
-func (p *Pipeline) estimate(s *Scratch, row *Row, heads int) (finite bool) {
-	logits, first := s.logits.shape(heads, len(s.candidates)), s.first.shape(heads, 1)
-	p.estimator.Logits(logits, &s.estimator, s.candidates)
+// candidates selects those of a list, of what the compressor left.
+func (p *Pipeline) candidates(s *Scratch, row *Row, list int) {
+	if row.Budgets != nil {
+		s.selector.TokenBudget = row.Budgets[list]
+	}
+	if row.Carry != nil {
+		s.selector.Carry = &row.Carry[list]
+	}
+	if p.scores {
+		s.selector.Scores = row.State.lists[list].scores[:row.Len]
+	}
+	s.selector.Ranking.Reset()
+	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	if p.compressor == nil {
+		return
+	}
+	selected := len(s.candidates)
+	s.candidates = row.State.within(s.candidates, list, row.Len)
+	if len(s.candidates) < selected {
+		s.selector.Ranking.Reset() // it is of whole chunks
+	}
+}
+
+// estimate fills the logits, softcapped, and the weights of the candidates, and of these it takes more if
+// coverage asks for it. It reports whether all estimates are finite.
+func (p *Pipeline) estimate(s *Scratch, row *Row) (finite bool) {
+	grows := p.covers(row) && len(s.selector.Ranking.Scores) > 0
+	if grows {
+		finite = p.grow(s, row)
+	} else {
+		finite = p.logits(s, &s.logits, s.candidates)
+	}
+	if !finite {
+		return false
+	}
+	heads, logits := len(s.logits.rows), s.logits.rows
 	s.kept = append(s.kept[:0], int32(row.First))
 	if s.candidates[0] == s.kept[0] {
+		first := s.first.shape(heads, 1)
 		for h := range heads {
 			first[h][0] = logits[h][0]
 		}
-	} else {
-		p.estimator.Logits(first, &s.estimator, s.kept)
-	}
-	if !allFinite(s.logits.flat) || !allFinite(s.first.flat) {
+	} else if !p.logits(s, &s.first, s.kept) {
 		return false
 	}
-	attention.Softcap(s.logits.flat, p.geometry.Softcap)
-	attention.Softcap(s.first.flat, p.geometry.Softcap)
 	weights := s.weights.shape(heads, len(s.candidates))
-	copy(s.weights.flat, s.logits.flat)
 	for h := range heads {
-		attention.Exp(weights[h], vek32.Max(logits[h]))
+		copy(weights[h], logits[h])
+	}
+	s.exp(weights)
+	if !grows {
+		s.cover.add(&s.selector, s.candidates, weights, s.tops)
 	}
 	s.isKept = slices.Grow(s.isKept[:0], len(s.candidates))[:len(s.candidates)]
 	clear(s.isKept)
 	return true
+}
+
+// logits shapes and fills the softcapped logits for positions. It reports whether all are finite.
+func (p *Pipeline) logits(s *Scratch, logits *matrix, positions []int32) (finite bool) {
+	rows := logits.shape(len(s.estimator.Queries), len(positions))
+	p.estimator.Logits(rows, &s.estimator, positions)
+	if !allFinite(logits.flat) {
+		return false
+	}
+	attention.Softcap(logits.flat, p.geometry.Softcap)
+	return true
+}
+
+// exp replaces logits by weights exp(logit - top) and sets the tops.
+func (s *Scratch) exp(logits [][]float32) {
+	s.tops = s.tops[:0]
+	for _, row := range logits {
+		top := vek32.Max(row)
+		s.tops = append(s.tops, top)
+		attention.Exp(row, top)
+	}
 }
 
 func allFinite(x []float32) bool {
@@ -240,28 +327,68 @@ func allFinite(x []float32) bool {
 }
 
 // prune marks what the h-th head keeps and returns its candidates' estimated coverage.
-func (p *Pipeline) prune(s *Scratch, row *Row, h int) (coverage float32) {
-	logits, weights := s.logits.rows[h], s.weights.rows[h]
-	relative := 0.0 // weight outside for each unit of the candidates'
+func (p *Pipeline) prune(s *Scratch, row *Row, h, queryHead int) (coverage float32) {
+	outside := 0.0 // relative to the candidates' weight
 	if len(s.candidates) < row.Len-row.First {
-		relative = math.NaN()
-		if len(s.selector.Bounds) > 0 {
-			relative = s.fit.outside(s.selector.Bounds[h], weights, s.candidates, row.First,
-				vek32.Max(logits), p.geometry.Softcap) / float64(vek32.Sum(weights))
-		}
+		outside = s.cover.outside(h)
 	}
 	s.pruner = pruner.Candidates{
-		Logits: logits, Weights: weights, FirstLogit: s.first.rows[h][0], P: row.P,
+		Layer: row.Layer, QueryHead: queryHead,
+		Logits: s.logits.rows[h], Weights: s.weights.rows[h], FirstLogit: s.first.rows[h][0], P: row.P,
 		Scratch: s.pruner.Scratch,
 	}
-	if p.config.POver == OverAll && relative == relative {
-		s.pruner.Outside = relative
+	if p.config.POver == OverAll && outside == outside {
+		s.pruner.Outside = outside
 	}
 	s.kept = p.pruner.Prune(s.kept[:0], &s.pruner)
 	for _, i := range s.kept {
 		s.isKept[i] = true
 	}
-	return float32(1 / (1 + relative))
+	return float32(1 / (1 + outside))
+}
+
+// limit marks more candidates as kept, or fewer, where the pruner's limits ask for it: the heaviest by the
+// sum of their shares in the heads' weights, ties by lower position.
+func (p *Pipeline) limit(s *Scratch) {
+	if p.least == 0 && p.most == 0 {
+		return
+	}
+	kept := 0
+	for _, is := range s.isKept {
+		if is {
+			kept++
+		}
+	}
+	want := min(max(kept, p.least), len(s.isKept))
+	if p.most > 0 {
+		want = min(want, p.most)
+	}
+	if want == kept {
+		return
+	}
+	s.shares = slices.Grow(s.shares[:0], len(s.isKept))[:len(s.isKept)]
+	clear(s.shares)
+	for _, weights := range s.weights.rows {
+		total := vek32.Sum(weights)
+		for i, w := range weights {
+			s.shares[i] += w / total
+		}
+	}
+	for i, is := range s.isKept {
+		switch {
+		case want > kept && is:
+			s.shares[i] = math.MaxFloat32
+		case want < kept && !is:
+			s.shares[i] = -1
+		}
+	}
+	least, ties := selector.Cut(s.shares, want)
+	for i, share := range s.shares {
+		s.isKept[i] = share > least || share == least && ties > 0
+		if share == least {
+			ties--
+		}
+	}
 }
 
 // list appends the positions that any head keeps to dst, sets s.kept to their indices, and each head's

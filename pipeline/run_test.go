@@ -2,6 +2,7 @@ package pipeline_test
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -10,10 +11,12 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/kvtest"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pruner"
+	"github.com/twilight-sidecar/twilight/selector"
 )
 
 // geometry has two KV heads, each for a group of the given size.
@@ -36,6 +39,8 @@ type settings struct {
 	pruner                      string
 	threshold                   float64
 	budget                      int
+	coverage                    float64
+	floor, ceiling              int
 }
 
 func draw(t *rapid.T) (*example, settings) {
@@ -49,6 +54,13 @@ func draw(t *rapid.T) (*example, settings) {
 		pruner:    rapid.SampledFrom([]string{"none", "top_p", "threshold"}).Draw(t, "pruner"),
 		threshold: rapid.Float64Range(.05, .99).Draw(t, "threshold"),
 		budget:    rapid.IntRange(1, 400).Draw(t, "token_budget"),
+		floor:     rapid.IntRange(0, 200).Draw(t, "floor"),
+	}
+	if s.quest && rapid.Bool().Draw(t, "controls coverage") {
+		s.coverage = rapid.Float64Range(.3, 1).Draw(t, "coverage")
+		if rapid.Bool().Draw(t, "has ceiling") {
+			s.ceiling = rapid.IntRange(max(1, s.floor), 400).Draw(t, "ceiling")
+		}
 	}
 	selector, thresholdKey := `"none"`, ""
 	if s.quest {
@@ -59,9 +71,10 @@ func draw(t *rapid.T) (*example, settings) {
 	}
 	config := mustParse(t, fmt.Sprintf(`{"selector": {"type": %s}, "weight_estimator": %s, "weight_pruner": {"type": %q%s},
 		"skip_first_two_layers": false, "group": %q, "pin_first_chunk": %v, "pin_current_chunk": %v, "p_over": %q,
-		"use_estimated_weights_in_attn": %v}`, selector, s.estimator, s.pruner, thresholdKey,
+		"use_estimated_weights_in_attn": %v, "coverage": %v, "coverage_floor": %d, "coverage_ceiling": %d}`, selector, s.estimator, s.pruner, thresholdKey,
 		rapid.SampledFrom([]string{"union", "per_query_head"}).Draw(t, "group"), s.pinFirst, s.pinCurrent,
-		rapid.SampledFrom([]string{"candidates", "all"}).Draw(t, "p_over"), rapid.Bool().Draw(t, "use estimated weights")))
+		rapid.SampledFrom([]string{"candidates", "all"}).Draw(t, "p_over"), rapid.Bool().Draw(t, "use estimated weights"),
+		s.coverage, s.floor, s.ceiling))
 
 	dim := rapid.SampledFrom([]int{64, 80, 96, 128})
 	e := &example{
@@ -157,16 +170,10 @@ func (e *example) chunk(c int) (positions []int32) {
 
 func (e *example) chunks() (first, end int) { return e.First / 16, (e.Len + 15) / 16 }
 
-// candidates is the selection, plainly: sort the chunks, pins first.
-func (e *example) candidates(s settings, budget int, heads []int) []int32 {
+// order is that in which chunks become candidates, plainly: pins first, then by score.
+func (e *example) order(s settings, heads []int) (order []int, pins int) {
 	first, end := e.chunks()
-	keep := end - first
-	if s.quest {
-		keep = max(1, (budget+15)/16)
-	}
 	scores := make(map[int]float64)
-	pins := 0
-	var order []int
 	for c := first; c < end; c++ {
 		order = append(order, c)
 		for _, h := range heads {
@@ -178,12 +185,59 @@ func (e *example) candidates(s settings, budget int, heads []int) []int32 {
 		}
 	}
 	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(scores[b], scores[a]) })
-	var all []int32
-	for _, c := range order[:min(len(order), max(keep, pins))] {
+	return order, pins
+}
+
+// candidates are the positions in chunks.
+func (e *example) candidates(chunks []int) (all []int32) {
+	for _, c := range chunks {
 		all = append(all, e.chunk(c)...)
 	}
 	slices.Sort(all)
 	return all
+}
+
+// selected is the selection, plainly. Of got candidates it makes sure that coverage takes so many.
+func (e *example) selected(t *rapid.T, s settings, got int, heads []int) []int32 {
+	order, pins := e.order(s, heads)
+	if !s.quest {
+		return e.candidates(order)
+	}
+	budget := cmp.Or(e.TokenBudget, s.budget)
+	covers := s.coverage > 0 && e.TokenBudget == 0
+	if covers {
+		budget = s.floor
+	}
+	n, most := max(1, (budget+15)/16, pins), len(order)
+	n = min(n, most)
+	if s.ceiling > 0 {
+		most = min(most, max(n, (s.ceiling+15)/16))
+	}
+	for {
+		candidates := e.candidates(order[:n])
+		if !covers {
+			return candidates
+		}
+		least := math.Inf(1) // coverage
+		for _, h := range heads {
+			logits := e.logits(h, candidates)
+			top, total := slices.Max(logits), 0.0
+			for _, l := range logits {
+				total += math.Exp(l - top)
+			}
+			least = math.Min(least, total/(total+e.outside(h, candidates, logits, top)))
+		}
+		const tip = 1e-3 // what rounding may do
+		switch stops := len(candidates) == got; {
+		case stops && n < most && !(least >= s.coverage-tip):
+			t.Fatalf("%d of %d chunks were enough for coverage %v, though it is %v", n, len(order), s.coverage, least)
+		case stops:
+			return candidates
+		case n == most || least > s.coverage+tip:
+			t.Fatalf("%d candidates, want %d: coverage is %v", got, len(candidates), least)
+		}
+		n = min(most, n+max(1, n/8))
+	}
 }
 
 // logits are the estimates for the positions, one by one.
@@ -203,34 +257,55 @@ func (e *example) logits(h int, positions []int32) []float64 {
 	return logits
 }
 
-// outside is the weight that the line through the chunks taken gives to the others, each in units of
-// exp(top); NaN if it cannot tell.
+// outside is the weight that a line through the chunks taken, but the first and the last, forecasts for the
+// others, each in units of exp(top); NaN if it cannot tell.
 func (e *example) outside(h int, candidates []int32, logits []float64, top float64) float64 {
 	weight := make(map[int]float64)
 	for i, p := range candidates {
 		weight[int(p)/16] += math.Exp(logits[i] - top)
 	}
-	var n, x, y, xx, xy float64
-	for c, w := range weight {
-		b, l := e.capped(e.bound(h, c))-top, math.Log(w)
-		n, x, y, xx, xy = n+1, x+b, y+l, xx+b*b, xy+b*l
-	}
 	first, end := e.chunks()
-	switch {
-	case len(weight) == end-first:
+	if len(weight) == end-first {
 		return 0
-	case n < 4:
+	}
+	var xs, ys []float64
+	for c := first + 1; c < end-1; c++ {
+		if w, taken := weight[c]; taken {
+			xs, ys = append(xs, e.capped(e.bound(h, c))-top), append(ys, math.Log(w))
+		}
+	}
+	n := float64(len(xs))
+	if n < 4 {
 		return math.NaN()
 	}
-	slope := 0.0
-	if spread := n*xx - x*x; spread > 0 {
-		slope = (n*xy - x*y) / spread
+	mean := func(list []float64) (sum float64) {
+		for _, x := range list {
+			sum += x / n
+		}
+		return sum
+	}
+	x, y := mean(xs), mean(ys)
+	var xx, xy, slope, variance float64
+	for i := range xs {
+		xx += (xs[i] - x) * (xs[i] - x)
+		xy += (xs[i] - x) * (ys[i] - y)
+	}
+	if xx > 1e-9 {
+		slope = xy / xx
+	}
+	for i := range xs {
+		residual := ys[i] - y - slope*(xs[i]-x)
+		variance += residual * residual / (n - 2)
 	}
 	sum := 0.0
 	for c := first; c < end; c++ {
 		if _, taken := weight[c]; !taken {
 			b := e.capped(e.bound(h, c)) - top
-			sum += math.Exp(math.Min(slope*b+(y-slope*x)/n, b+math.Log(16)))
+			forecast := variance * (1 + 1/n)
+			if xx > 1e-9 {
+				forecast += variance * (b - x) * (b - x) / xx
+			}
+			sum += math.Exp(math.Min(y+slope*(b-x)+forecast/2, b+math.Log(16)))
 		}
 	}
 	return sum
@@ -273,7 +348,7 @@ func TestRun(t *testing.T) {
 }
 
 func (e *example) checkGroup(t *rapid.T, set settings, res *pipeline.Result, group int, heads []int) {
-	candidates := e.candidates(set, cmp.Or(e.TokenBudget, set.budget), heads)
+	candidates := e.selected(t, set, res.Candidates[group], heads)
 	if res.Candidates[group] != len(candidates) {
 		t.Fatalf("%d candidates, want %d", res.Candidates[group], len(candidates))
 	}
@@ -429,6 +504,9 @@ const (
 	questINT4 = `{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.85}, "skip_first_two_layers": false}`
 )
 
+const coverage97 = `{"selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"}, "skip_first_two_layers": false,
+	"coverage": 0.97, "coverage_floor": 128, "weight_pruner": {"type": "top_p", "threshold": 0.95}}`
+
 // TestDensePaths: each reason to be dense is told, and a Result goes from dense to sparse and back.
 func TestDensePaths(t *testing.T) {
 	t.Parallel()
@@ -520,13 +598,13 @@ func TestPOverAll(t *testing.T) {
 	t.Parallel()
 	kept := map[pipeline.POver]int{}
 	for _, over := range []pipeline.POver{pipeline.OverCandidates, pipeline.OverAll} {
-		e := fixed(t, questINT4, 2000, 1, 64)
-		e.config.POver = over
+		e := fixed(t, questINT4, 4000, 1, 64)
+		e.config.POver, e.P = over, .4
 		var res pipeline.Result
 		e.run(t, new(pipeline.Scratch), &res)
 		kept[over] = res.Kept[0]
-		if share := res.Mass[0]; (over == pipeline.OverAll) != (share > .84) {
-			t.Errorf("p over %s: mass %v", over, share)
+		if share := res.Mass[0]; (over == pipeline.OverAll) != (share >= .4) || share > .42 {
+			t.Errorf("p over %s: mass %v of coverage %v", over, share, res.Coverage[0])
 		}
 	}
 	if kept[pipeline.OverAll] <= kept[pipeline.OverCandidates] {
@@ -534,10 +612,180 @@ func TestPOverAll(t *testing.T) {
 	}
 }
 
+// tokens is a selector that ranks single tokens by their true logits.
+type tokens struct{}
+
+func (tokens) Validate() error        { return nil }
+func (tokens) New() selector.Selector { return tokens{} }
+func (tokens) Shadow() kv.Shadow      { return nil }
+func (tokens) Unit() int              { return 1 }
+func (tokens) Select(dst []int32, row *selector.Row) []int32 {
+	n := row.Len - row.First
+	scores, query := make([]float32, n), make([]float32, row.Dim)
+	row.Sum(query)
+	selector.Exact(scores, row, query, make([]float32, selector.ExactBlock*row.Dim))
+	row.Ranking.Unit, row.Ranking.Scores = 1, scores
+	return row.Ranking.Take(dst, row, min(n, row.TokenBudget))
+}
+
+// TestCoverageOfTokens: coverage goes with any ranking; where scores are logits, its estimate is exact.
+func TestCoverageOfTokens(t *testing.T) {
+	t.Parallel()
+	for _, target := range []float64{.5, .9, .99} {
+		for _, group := range []pipeline.Group{pipeline.Union, pipeline.PerQueryHead} {
+			e := fixed(t, `{"skip_first_two_layers": false, "coverage_floor": 32}`, 3000, 3, 64)
+			e.First, e.config.Coverage, e.config.Group = 5, target, group
+			e.config.Selector = pipeline.Stage[selector.Config]{Type: "tokens", Config: tokens{}}
+			var res pipeline.Result
+			e.run(t, new(pipeline.Scratch), &res)
+			for h := range e.Group() {
+				list := res.Lists[min(h, len(res.Lists)-1)]
+				all, in := 0.0, 0.0
+				for p := e.First; p < e.Len; p++ {
+					w := math.Exp(e.dot(h, p))
+					all += w
+					if _, found := slices.BinarySearch(list, int32(p)); found {
+						in += w
+					}
+				}
+				coverage := float64(res.Coverage[h])
+				if coverage < target {
+					t.Errorf("%s, head %d: estimated coverage %v, want %v", group, h, coverage, target)
+				}
+				if group == pipeline.PerQueryHead && math.Abs(coverage-in/all) > 1e-3 {
+					t.Errorf("head %d: estimated coverage %v, true %v", h, coverage, in/all)
+				}
+				if len(list) > 2900 {
+					t.Errorf("%s: %d candidates", group, len(list))
+				}
+			}
+		}
+	}
+}
+
+// TestCoverageAndBudgets: floor and ceiling hold, and a budget given with the row goes before all.
+func TestCoverageAndBudgets(t *testing.T) {
+	t.Parallel()
+	var res pipeline.Result
+	var s pipeline.Scratch
+	for _, test := range []struct{ length, floor, ceiling, budget, want int }{
+		{2000, 160, 0, 320, 320},
+		{2000, 160, 480, 0, 480},
+		{2000, 1600, 1600, 0, 1600},
+		{2000, 3000, 0, 0, 2000},
+		{2000, 16, 20, 0, 32},
+	} {
+		e := fixed(t, coverage97, test.length, 1, 64)
+		e.config.Coverage, e.config.CoverageFloor, e.config.CoverageCeiling = 1, test.floor, test.ceiling
+		e.TokenBudget = test.budget
+		e.run(t, &s, &res)
+		if res.Candidates[0] != test.want {
+			t.Errorf("%+v: %d candidates", test, res.Candidates[0])
+		}
+	}
+}
+
+// TestLimits: the heaviest in all heads' eyes make up for too few, and are what is left of too many.
+func TestLimits(t *testing.T) {
+	t.Parallel()
+	var s pipeline.Scratch
+	for _, group := range []pipeline.Group{pipeline.Union, pipeline.PerQueryHead} {
+		for _, pruner := range []string{`"type": "top_p", "threshold": 0.7`, `"type": "threshold", "threshold": -4`} {
+			run := func(limits string) (*example, *pipeline.Result) {
+				e := fixed(t, fmt.Sprintf(`{"weight_pruner": {%s %s}, "group": %q}`, pruner, limits, group), 500, 3, 64)
+				res := new(pipeline.Result)
+				e.run(t, &s, res)
+				return e, res
+			}
+			e, free := run("")
+			for i, kept := range free.Lists {
+				heads := []int{i}
+				if group == pipeline.Union {
+					heads = []int{0, 1, 2}
+				}
+				for _, test := range []struct {
+					limits string
+					want   int
+				}{
+					{fmt.Sprintf(`, "min_budget": %d`, len(kept)+9), len(kept) + 9},
+					{`, "min_budget": 1000`, 500},
+					{fmt.Sprintf(`, "max_budget": %d`, (len(kept)+1)/2), (len(kept) + 1) / 2},
+					{`, "max_budget": 1`, 1},
+					{fmt.Sprintf(`, "min_budget": 1, "max_budget": %d`, len(kept)), len(kept)},
+				} {
+					_, res := run(test.limits)
+					want := e.heaviest(heads, kept, test.want)
+					if !slices.Equal(res.Lists[i], want) || res.Kept[i] != test.want {
+						t.Errorf("%s, %s%s, list %d: %v, want %v", group, pruner, test.limits, i, res.Lists[i], want)
+					}
+				}
+			}
+		}
+	}
+}
+
+// heaviest are the n positions that heads give the largest shares, of those kept if they are enough, else
+// all of them and others.
+func (e *example) heaviest(heads []int, kept []int32, n int) []int32 {
+	shares := make(map[int32]float64)
+	var order []int32
+	for p := range int32(e.Len) {
+		order = append(order, p)
+	}
+	for _, h := range heads {
+		total := 0.0
+		for _, p := range order {
+			total += math.Exp(e.dot(h, int(p)))
+		}
+		for _, p := range order {
+			shares[p] += math.Exp(e.dot(h, int(p))) / total
+		}
+	}
+	for _, p := range kept {
+		shares[p] += 9
+	}
+	slices.SortFunc(order, func(a, b int32) int { return cmp.Compare(shares[b], shares[a]) })
+	heaviest := order[:n]
+	slices.Sort(heaviest)
+	return heaviest
+}
+
+// TestThresholdByHead: each query head is pruned by its own p, that of the model's query head.
+func TestThresholdByHead(t *testing.T) {
+	t.Parallel()
+	e := fixed(t, `{"weight_pruner": {"type": "top_p", "threshold": 1,
+		"threshold_by_head": {"7": [1, 1, 1, 0.3, 0.6, 0.9]}, "threshold_by_layer": {"7": 1}}, "group": "per_query_head"}`, 500, 3, 64)
+	e.KVHead = 1
+	var res pipeline.Result
+	p := e.run(t, new(pipeline.Scratch), &res)
+	for h, threshold := range []float64{.3, .6, .9} {
+		plain := fixed(t, fmt.Sprintf(`{"weight_pruner": {"type": "top_p", "threshold": %v}, "group": "per_query_head"}`, threshold), 500, 3, 64)
+		plain.KVHead = 1
+		var want pipeline.Result
+		plain.run(t, new(pipeline.Scratch), &want)
+		if !slices.Equal(res.Lists[h], want.Lists[h]) {
+			t.Errorf("head %d: %v, want %v", h, res.Lists[h], want.Lists[h])
+		}
+	}
+	if err := p.Fits(7); err != nil {
+		t.Error(err)
+	}
+	e.QueryHeads = 4
+	p, err := pipeline.New(e.config, e.Geometry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, ok := errors.AsType[*fault.Error](p.Fits(7)); !ok || f.Field != `weight_pruner.threshold_by_head["7"]` {
+		t.Errorf("error %v of a model with 4 query heads", f)
+	}
+}
+
 func TestNoAllocation(t *testing.T) {
 	for _, config := range []string{
 		questINT4, fullINT4, `{}`, `{"weight_pruner": {"type": "threshold", "threshold": 3}}`,
 		`{"selector": {"type": "quest", "token_budget": 200}, "weight_pruner": {"type": "top_p"}, "group": "per_query_head", "p_over": "all", "pin_first_chunk": false}`,
+		coverage97, `{"selector": {"type": "quest"}, "weight_pruner": {"type": "top_p", "max_budget": 9}, "group": "per_query_head", "coverage": 0.9, "coverage_floor": 64}`,
+		`{"weight_pruner": {"type": "threshold", "threshold": -30, "min_budget": 40}}`,
 	} {
 		e := fixed(t, config, 1000, 4, 128)
 		e.Softcap = 30
@@ -554,7 +802,10 @@ func BenchmarkRow(b *testing.B) {
 		for _, group := range []int{1, 4} {
 			for _, dim := range []int{64, 128} {
 				for _, config := range []struct{ name, json string }{
-					{"dense", `{}`}, {"full+int4+top_p", fullINT4}, {"quest+int4+top_p", questINT4},
+					{"dense", `{}`},
+					{"full+int4+top_p", fullINT4},
+					{"quest+int4+top_p", questINT4},
+					{"quest+coverage+int4+top_p", coverage97},
 				} {
 					b.Run(fmt.Sprintf("N=%d/G=%d/D=%d/%s", n, group, dim, config.name), func(b *testing.B) {
 						e := fixed(b, config.json, n, group, dim)

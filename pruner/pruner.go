@@ -38,8 +38,20 @@ type Pruner interface {
 	Prune(dst []int32, c *Candidates) []int32
 }
 
+// Limiter is a Pruner with Limits, of which Prune knows nothing but the thresholds.
+type Limiter interface {
+	Pruner
+	// Budget is the least and the largest number of tokens in a list; most is 0 where there is no limit.
+	Budget() (least, most int)
+	// Fits reports what keeps the limits from serving a layer of a model, by the model's index, as a
+	// *fault.Error whose field is the config's key at fault.
+	Fits(layer int, g *kv.Geometry) error
+}
+
 // Candidates is one query head's view of its candidates.
 type Candidates struct {
+	// Layer and QueryHead are the model's indices.
+	Layer, QueryHead int
 	// Logits after scale and softcap, one per candidate, finite, and Weights, what softmax makes of
 	// them before normalisation: exp(logit - the largest logit), in (0, 1].
 	Logits, Weights []float32

@@ -32,7 +32,7 @@ func Ends(dst []int32, row *Row, first, last int) []int32 {
 // Top appends to dst the budget positions of a row that have the largest scores, ascending; scores[i] is
 // that of position First+i. Ties go to the lower position. The tokens of pinned chunks come first and
 // count towards the budget, which is at least their number. A score that is not finite ranks before all
-// others, so that what is wrong with a token is seen. Top overwrites scores.
+// others, so that what is wrong with a token is seen. Top overwrites scores, and makes them the row's Ranking.
 func Top(dst []int32, row *Row, scores []float32, budget int) []int32 {
 	if budget >= len(scores) {
 		return All(dst, row)
@@ -45,17 +45,8 @@ func Top(dst []int32, row *Row, scores []float32, budget int) []int32 {
 		}
 	}
 	pins := row.pin(scores)
-	cut, ties := Cut(scores, max(budget, pins))
-	for i, s := range scores {
-		if s < cut || s == cut && ties == 0 {
-			continue
-		}
-		if s == cut {
-			ties--
-		}
-		dst = append(dst, int32(row.First+i))
-	}
-	return dst
+	row.Ranking = Ranking{Unit: 1, Scores: scores}
+	return row.Ranking.Take(dst, row, max(budget, pins))
 }
 
 // pin gives the tokens of pinned chunks the score +Inf and counts them.

@@ -16,7 +16,7 @@ type Selector interface {
 }
 
 // Row is what a selector may look at: one KV head of one sequence, asked by one query head or by all
-// that share it. Its slices belong to the caller and are read-only but for Bounds and Scratch.
+// that share it. Its slices belong to the caller and are read-only but for Carry, Ranking and Scratch.
 type Row struct {
 	// Layer is the model's layer index, Head the KV head.
 	Layer, Head int
@@ -35,16 +35,23 @@ type Row struct {
 	// Records reads the selector's own shadow; nil if it declares none.
 	Records kv.Records
 
+	// Carry is what earlier layers of the step left to the same list of the row: (sequence, KV head), and
+	// query head under "per_query_head". Nil unless the method Needs it.
+	Carry *Carry
+	// Scores is the attention that each position got so far from the query heads that share the list,
+	// [Len]: in the prefill, where the engine tells, and in the steps before this one, of those that kept
+	// the position. Nil unless the method Needs it.
+	Scores []float32
+
 	// TokenBudget, if > 0, replaces the configured budget.
 	TokenBudget int
 	// PinFirst and PinCurrent make the chunk of the first valid token and that of the last token
 	// candidates, whatever their score.
 	PinFirst, PinCurrent bool
 
-	// Bounds, if the method has them, is set by Select to upper bounds on each query's logits before
-	// softcap, [n][chunks], for the chunks from that of First on: what the candidates' coverage is
-	// estimated from. It stays valid until the next Select with this Row.
-	Bounds [][]float32
+	// Ranking is what a Ranker selected by: set by its Select, unless every token is a candidate, and
+	// valid until the next Select with this Row. It must be empty before.
+	Ranking Ranking
 
 	// Scratch is reused by the method from call to call with this Row.
 	Scratch Scratch
@@ -54,4 +61,7 @@ type Row struct {
 type Scratch struct {
 	F32 []float32
 	I32 []int32
+	// A wrapper's own: what it selects only to see the ranking, and weights.
+	Unused  []int32
+	Weights []float32
 }

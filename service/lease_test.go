@@ -213,9 +213,19 @@ func TestRefusals(t *testing.T) {
 		{"output in an old region", layerOf(func(l *twilightv1.Layer) {
 			l.OutputTensor = &twilightv1.Tensor{At: at(2, 1)}
 		}), stale, "layer.output_tensor.at.generation"},
-		{"observation that nothing takes", layerOf(func(l *twilightv1.Layer) {
-			l.Observation = &twilightv1.Observation{Window: 1}
-		}), unsupported, "layer.observation"},
+		{"window queries in no region", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				Window: 1, WindowQueries: &twilightv1.Observation_WindowQueriesAt{WindowQueriesAt: at(9, 1)},
+			}
+		}), notFound, "layer.observation.window_queries_at.region_id"},
+		{"mass in an old region", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				MassTokens: 1, Mass: &twilightv1.Observation_MassAt{MassAt: at(2, 1)},
+			}
+		}), stale, "layer.observation.mass_at.generation"},
+		{"window too wide", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{Window: 4097}
+		}), invalid, "layer.observation.window"},
 		{"list mode of no name", layerOf(func(l *twilightv1.Layer) { l.ListMode = 9 }), invalid, "layer.list_mode"},
 		{"no list buffer", layerOf(func(l *twilightv1.Layer) { l.ListMode = twilightv1.ListMode_LIST_MODE_BUFFER }), invalid, "layer.list_buffer"},
 		{"list buffer for nothing", layerOf(func(l *twilightv1.Layer) {

@@ -126,6 +126,9 @@ func (l *lease) layerRequest(req *twilightv1.Layer, batch int) (*gpu.LayerReques
 		TokenBudget: req.GetTokenBudget(),
 	}
 	var err error
+	if call.Observation, err = l.observation(req.GetObservation()); err != nil {
+		return nil, err
+	}
 	switch query := req.GetQuery().(type) {
 	case *twilightv1.Layer_QueryInline:
 		call.Query = &gpu.Tensor{Inline: query.QueryInline}
@@ -164,8 +167,6 @@ func (l *lease) layerRequest(req *twilightv1.Layer, batch int) (*gpu.LayerReques
 func checkModes(req *twilightv1.Layer) error {
 	buffered := req.GetListMode() == twilightv1.ListMode_LIST_MODE_BUFFER
 	switch {
-	case req.GetObservation() != nil:
-		return fault.Newf(fault.Unsupported, "observation", "is set, but no method of the lease's config takes one: leave it out")
 	case buffered && req.GetListBuffer() == nil:
 		return fault.Newf(fault.Invalid, "list_buffer", "is absent: LIST_MODE_BUFFER needs it")
 	case !buffered && req.GetListBuffer() != nil:
@@ -187,6 +188,35 @@ func checkModes(req *twilightv1.Layer) error {
 		}
 	}
 	return nil
+}
+
+// observation says an observation in the device's terms, nil if there is none.
+func (l *lease) observation(m *twilightv1.Observation) (o *gpu.Observation, err error) {
+	if m == nil {
+		return nil, nil //nolint:nilnil // an absent part of a request
+	}
+	o = &gpu.Observation{Window: int(m.GetWindow()), MassTokens: int(m.GetMassTokens())}
+	switch queries := m.GetWindowQueries().(type) {
+	case *twilightv1.Observation_WindowQueriesInline:
+		o.WindowQueries = &gpu.Tensor{Inline: queries.WindowQueriesInline}
+	case *twilightv1.Observation_WindowQueriesAt:
+		o.WindowQueries, err = l.packed(queries.WindowQueriesAt, "observation.window_queries_at")
+	}
+	if err != nil {
+		return nil, err
+	}
+	switch mass := m.GetMass().(type) {
+	case *twilightv1.Observation_MassInline:
+		o.Mass = &gpu.Tensor{Inline: mass.MassInline}
+	case *twilightv1.Observation_MassAt:
+		o.Mass, err = l.packed(mass.MassAt, "observation.mass_at")
+	}
+	return o, err
+}
+
+func (l *lease) packed(at *twilightv1.Location, field string) (*gpu.Tensor, error) {
+	span, err := l.span(at, field)
+	return &gpu.Tensor{Memory: span.Memory, Offset: span.Offset}, err
 }
 
 func (l *lease) tensor(t *twilightv1.Tensor, field string) (*gpu.Tensor, error) {

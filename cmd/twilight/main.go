@@ -30,6 +30,8 @@ type cli struct {
 	Replay       replayCmd       `cmd:"" help:"Replay a capture through a running twilightd and judge what comes back."`
 	Compare      compareCmd      `cmd:"" help:"Run many configs over a capture: one table."`
 	Calibrate    calibrateCmd    `cmd:"" help:"Write the channel or head file that a method needs."`
+	Bench        benchCmd        `cmd:"" help:"Time decode layers beside what this machine allows."`
+	Config       configCmd       `cmd:"" help:"Check Twilight configs, or print their JSON Schema."`
 	Capabilities capabilitiesCmd `cmd:"" help:"Tell what a twilightd can do, and what a shadow would take."`
 	Health       healthCmd       `cmd:"" help:"Exit 0 if a twilightd is serving, 1 if not."`
 	Version      versionCmd      `cmd:"" help:"Print the version."`

@@ -171,6 +171,10 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	if !c.stepped {
 		return errNoStep
 	}
+	if req.Observation != nil {
+		return fault.Newf(fault.Unsupported, "observation",
+			"is set, but no method of the lease's config takes what it holds: leave it out")
+	}
 	if err := c.lease.device.owner.do(ctx, func() error { return c.run(i, req, res) }); err != nil {
 		return explain(err)
 	}

@@ -72,11 +72,19 @@ func choose(cfg *pipeline.Config) (method, error) {
 	}
 	switch c := cfg.Pruner.Config.(type) {
 	case *topp.Config:
+		if len(c.ThresholdByLayer)+len(c.ThresholdByHead)+c.MinBudget+c.MaxBudget > 0 {
+			return m, fault.Newf(fault.Unsupported, "weight_pruner",
+				"thresholds by layer or head and budgets of lists do not run on this GPU: leave them out")
+		}
 		m.prunes, m.p, m.plain = kernels.PruneTopP, c.Threshold, false
 	default:
 		if cfg.Pruner.Type != "none" {
 			return m, refuse("weight_pruner.type", "pruner", cfg.Pruner.Type)
 		}
+	}
+	if cfg.Coverage > 0 {
+		return m, fault.Newf(fault.Unsupported, "coverage",
+			"candidates by coverage do not run on this GPU: leave it out, and give the selector a budget")
 	}
 	if cfg.UseEstimatedWeights {
 		return m, fault.Newf(fault.Unsupported, "use_estimated_weights_in_attn",

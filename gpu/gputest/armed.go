@@ -249,18 +249,25 @@ func (e *armedEngine) failed(id uint32, kind fault.Kind, field string, begun boo
 // testArmed holds armed steps against messages, at several shapes.
 func testArmed(t *testing.T, s *suite) {
 	forPageSizes(t, func(t *testing.T, setup setup) {
-		for _, config := range []string{quest, questPerHead, keepAll} {
-			setup.config = config
-			e := s.armedEngine(t, setup)
-			plain := s.engine(t, setup)
-			for n := 300; n < 306; n++ {
-				rows := []seq{{0, n, 0}, {2, 0, 0}, {1, n - 100, 3}}
-				same(t, "armed", plain.decode(rows...), e.replay(e.arm(e.batch(rows...)), rows))
-			}
-			// And by messages again, in between.
-			rows := []seq{{0, 310, 0}}
-			same(t, "after armed steps", plain.decode(rows...), e.decode(rows...))
-			same(t, "armed again", plain.decode(rows...), e.replay(e.arm(e.batch(rows...)), rows))
+		for name, config := range map[string]string{
+			"quest": quest, "per query head": questPerHead, "all": keepAll,
+			"remembering": `{"skip_first_two_layers": false, "selector": {"type": "h2o", "token_budget": 100}}`,
+			"carrying":    `{"skip_first_two_layers": false, "selector": {"type": "tidal_decode", "token_budget": 100, "reselection_layers": [0]}}`,
+		} {
+			t.Run(name, func(t *testing.T) {
+				setup := setup
+				setup.config = config
+				e := s.armedEngine(t, setup)
+				plain := s.engine(t, setup)
+				for n := 300; n < 306; n++ {
+					rows := []seq{{0, n, 0}, {2, 0, 0}, {1, n - 100, 3}}
+					same(t, "armed", plain.decode(rows...), e.replay(e.arm(e.batch(rows...)), rows))
+				}
+				// And by messages again, in between.
+				rows := []seq{{0, 310, 0}}
+				same(t, "after armed steps", plain.decode(rows...), e.decode(rows...))
+				same(t, "armed again", plain.decode(rows...), e.replay(e.arm(e.batch(rows...)), rows))
+			})
 		}
 	})
 }

@@ -150,18 +150,17 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 
 // declare checks a step's batch, and makes it current unless another step still needs its own.
 func (a *armer) declare(s *armedStep, step *kv.Step) error {
-	declare := a.cache.tracker.Step
+	declare := a.cache.declare
 	if n := len(a.queue); n > 0 {
 		if a.queue[n-1].lent.rows > 0 {
 			return fault.Newf(fault.Precondition, "armed",
 				"step %d, which is armed before, brings its batch when it begins: wait for its end", a.queue[n-1].id)
 		}
-		declare = a.cache.tracker.Check
+		declare = a.cache.check
 	}
 	if err := declare(step); err != nil {
 		return err
 	}
-	a.cache.stepped = true
 	s.batch.Copy(step)
 	return nil
 }
@@ -423,7 +422,7 @@ func (a *armer) leave() {
 	if len(a.queue) > 0 && a.queue[0].lent.rows == 0 {
 		next := a.queue[0]
 		// It was checked against what this step left, which nothing has changed since.
-		if err := a.cache.tracker.Step(&next.batch); err != nil {
+		if err := a.cache.declare(&next.batch); err != nil {
 			next.cause.CompareAndSwap(nil, fault.Newf(fault.Internal, "", "the batch is refused after it was accepted (%v): report it", err))
 		}
 	}

@@ -83,11 +83,7 @@ func (a *armer) readBatch(s *armedStep) error {
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	s.lent.read(&s.batch, &c.paging)
-	if err := c.tracker.Step(&s.batch); err != nil {
-		return fault.In("device", err)
-	}
-	c.stepped = true
-	return nil
+	return fault.In("device", c.declare(&s.batch))
 }
 
 // read reads each value once, for it may change, and makes bad rows void.

@@ -25,6 +25,7 @@ type call struct {
 	rows    []kv.SeqRow
 
 	query, output tensor
+	observed      observed
 	lists, counts extent // a list buffer's
 	listData      []byte // nil without
 	countData     []byte
@@ -32,6 +33,7 @@ type call struct {
 	tasks   int
 	queries []float32         // decoded, [B][Hq][KDim]
 	results []pipeline.Result // by task, and those of larger batches
+	shares  shares
 }
 
 func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
@@ -59,11 +61,12 @@ func (c *cache) layer(ctx context.Context, request *gpu.LayerRequest, answer *gp
 	a := &c.call
 	*a = call{
 		layer: i, request: request, answer: answer, rows: c.tracker.Rows(),
-		queries: a.queries, results: a.results,
+		queries: a.queries, results: a.results, shares: a.shares,
 	}
-	defer func() { *a = call{queries: a.queries, results: a.results} }() // nothing of the caller's is kept
+	defer func() { *a = call{queries: a.queries, results: a.results, shares: a.shares} }() // nothing of the caller's is kept
 	if err := c.run(ctx, a); err != nil {
 		return c.lease.explain(err, a.query.extent, a.output.extent, a.lists, a.counts,
+			a.observed.extents[0], a.observed.extents[1],
 			c.layers[i].extents[0], c.layers[i].extents[1])
 	}
 	answer.Timing.Wall = time.Since(start)
@@ -95,13 +98,35 @@ func (c *cache) run(ctx context.Context, a *call) error {
 			return err
 		}
 	}
+	if err := c.prepareObservation(a); err != nil {
+		return err
+	}
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows), c.windowTask); err != nil {
+			return err
+		}
+	}
 	busy, err := c.indexLayer(ctx, a.layer, &a.answer.Index)
 	if err != nil {
 		return err
 	}
 	a.answer.Timing.Index = busy
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows)*c.lease.geometry.KVHeads, c.observeTask); err != nil {
+			return err
+		}
+	}
 	if a.request.Query == nil {
 		return nil
+	}
+	if c.lease.needs.Shares {
+		a.shares.shape(a.rows, c.lease.geometry.KVHeads*c.lease.lists)
+		if err := pool.do(ctx, c.job, a.tasks, c.weighTask); err != nil {
+			return err
+		}
+		if err := pool.do(ctx, c.job, len(a.rows), c.shareTask); err != nil {
+			return err
+		}
 	}
 	if err := pool.do(ctx, c.job, a.tasks, c.attendTask); err != nil {
 		return err
@@ -232,21 +257,11 @@ func (c *cache) attend(worker, task int) error {
 		return nil
 	}
 
-	layer, group := &c.layers[a.layer], g.Group()
-	s.row = pipeline.Row{
-		Layer: layer.model, KVHead: head,
-		Queries: a.queries[(b*g.QueryHeads+head*group)*g.KDim:][:group*g.KDim],
-		Keys:    layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
-		First: seq.First, Len: seq.Len,
-		SelectorRecords:  c.selector.records(&s.selector, a.layer, head, seq.Chunks),
-		EstimatorRecords: c.estimator.records(&s.estimator, a.layer, head, seq.Chunks),
-		ListsOnly:        a.request.ListsOnly,
-	}
-	if len(a.request.P) > 0 {
-		s.row.P = a.request.P[b]
-	}
-	if len(a.request.TokenBudget) > 0 {
-		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	group := g.Group()
+	c.setRow(s, task)
+	c.setQuery(s, task)
+	if c.lease.needs.Shares && a.shares.means[b] > 0 {
+		s.row.Budgets = a.shares.budgets[task*c.lease.lists:][:c.lease.lists]
 	}
 	c.lease.pipeline.Run(&s.pipeline, &s.row, result)
 
@@ -266,6 +281,41 @@ func (c *cache) attend(worker, task int) error {
 		}
 	}
 	return nil
+}
+
+// setRow sets s.row to what a task's row has with or without a query.
+func (c *cache) setRow(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	seq, layer := &a.rows[b], &c.layers[a.layer]
+	s.row = pipeline.Row{
+		Layer: layer.model, KVHead: head,
+		Keys: layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
+		First: seq.First, Len: seq.Len,
+	}
+	if c.lease.needs.Carry {
+		s.row.Carry = c.carries[task*c.lease.lists:][:c.lease.lists]
+	}
+	if c.lease.needs.State {
+		s.row.State, s.row.Step = c.states.at(b, a.layer, head, g.KVHeads), c.states.step
+	}
+}
+
+// setQuery sets what s.row has with a query only.
+func (c *cache) setQuery(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	size := g.Group() * g.KDim
+	s.row.Queries = a.queries[task*size:][:size]
+	s.row.SelectorRecords = c.selector.records(&s.selector, a.layer, head, a.rows[b].Chunks)
+	s.row.EstimatorRecords = c.estimator.records(&s.estimator, a.layer, head, a.rows[b].Chunks)
+	s.row.ListsOnly = a.request.ListsOnly
+	if len(a.request.P) > 0 {
+		s.row.P = a.request.P[b]
+	}
+	if len(a.request.TokenBudget) > 0 {
+		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	}
 }
 
 // void is attend for a sequence of length 0.

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,7 +25,8 @@ type lease struct {
 	geometry            kv.Geometry
 	pipeline            *pipeline.Pipeline
 	selector, estimator kv.Shadow // nil where a method keeps nothing
-	lists               int       // lists of a row: one, or one for each query head of its group
+	needs               pipeline.Needs
+	lists               int // lists of a row: one, or one for each query head of its group
 
 	scratch []scratch // by worker
 
@@ -68,6 +70,7 @@ func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) 
 	}
 	l.geometry.Sinks = slices.Clone(g.Sinks)
 	l.selector, l.estimator = p.Shadows()
+	l.needs = p.Needs()
 	if cfg.Group == pipeline.PerQueryHead {
 		l.lists = g.Group()
 	}
@@ -207,7 +210,7 @@ func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
 		return 0, errClosed
 	}
 	p, err := l.plan(spec)
-	return p.arena, err
+	return add(p.arena, p.state), err
 }
 
 // NewCache implements gpu.Lease.
@@ -239,8 +242,10 @@ type plan struct {
 	tracker kv.TrackerConfig
 	chunks  int
 
-	arena uint64 // bytes of the records
-	taken uint64 // and of the tracker, about
+	tokens int    // of live sequences, of which methods remember something
+	arena  uint64 // bytes of the records
+	state  uint64 // and of what methods remember besides
+	taken  uint64 // and of the tracker, about
 }
 
 func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
@@ -262,7 +267,9 @@ func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
 		head, chunk := recordBytes(method, g.KDim)
 		p.arena = add(p.arena, mul(heads, add(uint64(head), mul(chunks, uint64(chunk)))))
 	}
-	p.taken = add(p.arena, mul(chunks, uint64(6*g.Layers+10)))
+	p.tokens = cmp.Or(spec.MaxTokens, spec.NumPages*spec.PageSize)
+	p.state = mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken()))
+	p.taken = add(add(p.arena, p.state), mul(chunks, uint64(6*g.Layers+10)))
 	return p, nil
 }
 
@@ -278,7 +285,10 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	g := &l.geometry
 	c := &cache{
 		lease: l, layers: p.layers, tracker: tracker, paging: p.tracker, arena: arena, taken: p.taken,
-		byModel: make(map[int]int, len(p.layers)), job: newJob(),
+		byModel: make(map[int]int, len(p.layers)), job: newJob(), stateBytes: p.state,
+	}
+	if l.needs.State {
+		c.states = newStates(g.Layers*g.KVHeads, p.tokens, l.needs.Mass)
 	}
 	for i := range p.layers {
 		c.byModel[p.layers[i].model] = i
@@ -286,7 +296,9 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	c.selector, arena = carve(l.selector, g, p.layers, p.chunks, arena)
 	c.estimator, _ = carve(l.estimator, g, p.layers, p.chunks, arena)
 	c.armed = newArmer(c)
-	c.trainTask, c.indexTask, c.queryTask, c.attendTask = c.trainHead, c.indexChunk, c.readQuery, c.attend
+	c.trainTask, c.indexTask = c.trainHead, c.indexChunk
+	c.queryTask, c.windowTask, c.observeTask = c.readQuery, c.readObservation, c.observe
+	c.weighTask, c.shareTask, c.attendTask = c.weigh, c.share, c.attend
 	return c, nil
 }
 

@@ -41,7 +41,7 @@ func (e *engine) describe(ctx context.Context) (err error) {
 	return nil
 }
 
-// decodeArmed runs a step whose token is in the cache.
+// decodeArmed runs a step whose token is in the cache, armed.
 func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
 	c, g := e.Capture, e.session.Geometry()
 	query, output := e.query.Size()/len(c.Layers), e.output.Size()/len(c.Layers)

@@ -48,6 +48,7 @@ type engine struct {
 	query, output *client.Buffer
 	lists         *client.Buffer // of armed steps
 	how           client.Arming
+	prefill       *client.Buffer // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
 }
@@ -129,6 +130,9 @@ func (e *engine) lend(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := e.lendPrefill(ctx); err != nil {
+		return err
+	}
 	spec := client.CacheSpec{
 		DType: e.DType, PageSize: e.layout.PageSize, NumPages: e.layout.NumPages,
 		K: strides(e.layout.K.Page, e.layout.K.Head, e.layout.K.Token),
@@ -184,35 +188,38 @@ func (e *engine) decode(ctx context.Context, j *judge) error {
 	e.progress(1)
 	for step := range c.Steps {
 		e.write(c.N+step, c.N+step+1)
-		if e.Armed {
-			if err := e.decodeArmed(ctx, j, step); err != nil {
-				return fmt.Errorf("step %d, armed: %w", step, err)
-			}
-			if err := j.judge(step); err != nil {
-				return fmt.Errorf("step %d: %w", step, err)
-			}
-			e.progress(2 + step)
-			continue
+		decode := e.decodeByMessages
+		if e.Armed && (step > 0 || e.prefill == nil) { // an observation goes by a message
+			decode = e.decodeArmed
 		}
-		start := time.Now()
-		declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
-		if err != nil {
+		if err := decode(ctx, j, step); err != nil {
 			return fmt.Errorf("step %d: %w", step, err)
-		}
-		e.facts.Decode += time.Since(start)
-		for layer := range c.Layers {
-			result, err := e.layer(ctx, declared, step, layer)
-			if err == nil {
-				err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
-			}
-			if err != nil {
-				return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
-			}
 		}
 		if err := j.judge(step); err != nil {
 			return fmt.Errorf("step %d: %w", step, err)
 		}
 		e.progress(2 + step)
+	}
+	return nil
+}
+
+// decodeByMessages runs a step whose token is in the cache, a message a layer.
+func (e *engine) decodeByMessages(ctx context.Context, j *judge, step int) error {
+	c, g := e.Capture, e.session.Geometry()
+	start := time.Now()
+	declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
+	if err != nil {
+		return err
+	}
+	e.facts.Decode += time.Since(start)
+	for layer := range c.Layers {
+		result, err := e.layer(ctx, declared, step, layer)
+		if err == nil {
+			err = j.take(layer, result, g.DecodeOutput(nil, e.output.Bytes()[:c.QueryHeads*c.VDim*g.Output.Size()]))
+		}
+		if err != nil {
+			return fmt.Errorf("layer %d: %w", c.Layers[layer].Index, err)
+		}
 	}
 	return nil
 }
@@ -243,12 +250,17 @@ func (e *engine) layer(ctx context.Context, step *client.Step, s, layer int) (*c
 	c, g := e.Capture, e.session.Geometry()
 	g.EncodeQuery(e.query.Bytes()[:0], c.Layers[layer].Q[s*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
 	clear(e.output.Bytes())
+	var observation *client.Observation
+	if s == 0 {
+		observation = e.observe(layer)
+	}
 	start := time.Now()
 	result, err := step.Layer(ctx, client.Layer{
-		Layer:   c.Layers[layer].Index,
-		QueryAt: &client.Tensor{Location: client.Location{Buffer: e.query}},
-		Output:  &client.Tensor{Location: client.Location{Buffer: e.output}},
-		Lists:   true,
+		Layer:       c.Layers[layer].Index,
+		QueryAt:     &client.Tensor{Location: client.Location{Buffer: e.query}},
+		Output:      &client.Tensor{Location: client.Location{Buffer: e.output}},
+		Lists:       true,
+		Observation: observation,
 	})
 	e.facts.Decode += time.Since(start)
 	return result, err

@@ -4,5 +4,6 @@
 //	keep i if logit[i] > logit[first] - t
 //
 // The first valid token's logit is always computed, candidate or not. Where no candidate passes, the one
-// with the largest logit is kept. Cost: one comparison a candidate.
+// with the largest logit is kept. t may differ by layer and by query head, and lists may be held to a least
+// and a largest size: pruner.Limits, none of which Twilight has. Cost: one comparison a candidate.
 package threshold

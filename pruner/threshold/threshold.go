@@ -7,39 +7,49 @@ import (
 	"github.com/twilight-sidecar/twilight/pruner"
 )
 
-// Config holds the method's key.
+// Config holds the method's keys. Threshold is Twilight's.
 type Config struct {
-	// Threshold is t, in units of logits. It may be negative. There is no default.
+	// Threshold is t, how far below the first token's logit is kept. It may be negative. There is no
+	// default.
 	Threshold float64 `json:"threshold"`
+	pruner.Limits
 }
 
 // Method is the entry for a registry.
 func Method() pruner.Method {
 	return pruner.Method{
 		Type:    "threshold",
-		Default: func() pruner.Config { return &Config{Threshold: math.NaN()} },
+		Default: func() pruner.Config { return &Config{Threshold: math.NaN(), Limits: pruner.NoLimits()} },
 	}
 }
 
 // Validate implements pruner.Config.
 func (c *Config) Validate() error {
+	const expected = "a number that float32 can hold"
+	if err := c.Limits.Validate(isFloat32, expected); err != nil {
+		return err
+	}
 	if math.IsNaN(c.Threshold) {
 		return fault.Newf(fault.Invalid, "threshold",
 			"threshold is missing and has no default: say how far below the first token's logit is kept")
 	}
-	if math.Abs(c.Threshold) > math.MaxFloat32 {
-		return fault.Newf(fault.Invalid, "threshold", "threshold is %v, expected a float32", c.Threshold)
+	if !isFloat32(c.Threshold) {
+		return fault.Newf(fault.Invalid, "threshold", "threshold is %v, expected %s", c.Threshold, expected)
 	}
 	return nil
 }
 
+func isFloat32(t float64) bool { return math.Abs(t) <= math.MaxFloat32 }
+
 // New implements pruner.Config.
-func (c *Config) New() pruner.Pruner { return threshold{float32(c.Threshold)} }
+func (c *Config) New() pruner.Pruner { return &threshold{c.Limits.New(c.Threshold)} }
 
-type threshold struct{ t float32 }
+type threshold struct{ pruner.Limited }
 
-func (p threshold) Prune(dst []int32, c *pruner.Candidates) []int32 {
-	least, kept, best := c.FirstLogit-p.t, len(dst), 0
+var _ pruner.Limiter = &threshold{}
+
+func (t *threshold) Prune(dst []int32, c *pruner.Candidates) []int32 {
+	least, kept, best := c.FirstLogit-float32(t.Threshold(c)), len(dst), 0
 	for i, l := range c.Logits {
 		if l > least {
 			dst = append(dst, int32(i))

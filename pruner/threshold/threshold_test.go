@@ -34,14 +34,28 @@ func TestPrune(t *testing.T) {
 	}
 }
 
+func TestThresholds(t *testing.T) {
+	t.Parallel()
+	config := &Config{Threshold: 3}
+	config.ThresholdByLayer = map[string]float64{"2": 1}
+	config.ThresholdByHead = map[string][]float64{"3": {0, 2}}
+	p := config.New()
+	for _, test := range []struct{ layer, head, want int }{{0, 0, 3}, {2, 0, 1}, {3, 0, 0}, {3, 1, 2}} {
+		c := &pruner.Candidates{Layer: test.layer, QueryHead: test.head, Logits: []float32{4.5, 3.5, 2.5, 1.5}, FirstLogit: 5}
+		if got := p.Prune(nil, c); len(got) != max(1, test.want) {
+			t.Errorf("%+v: kept %v", test, got)
+		}
+	}
+}
+
 func TestValidate(t *testing.T) {
 	t.Parallel()
 	for _, x := range []float64{-3, 0, 12.5} {
-		if err := (&Config{x}).Validate(); err != nil {
+		if err := (&Config{Threshold: x}).Validate(); err != nil {
 			t.Errorf("t %v: %v", x, err)
 		}
 	}
-	for _, c := range []pruner.Config{Method().Default(), &Config{math.Inf(1)}, &Config{-1e300}} {
+	for _, c := range []pruner.Config{Method().Default(), &Config{Threshold: math.Inf(1)}, &Config{Threshold: -1e300}} {
 		var f *fault.Error
 		if err := c.Validate(); !errors.As(err, &f) || f.Field != "threshold" {
 			t.Errorf("%+v: error %v, want one about threshold", c, err)

@@ -7,6 +7,9 @@
 // the paper's Algorithm 1 says the same, while its kernel starts from token 0's weight. p = 1 keeps
 // every candidate.
 //
+// p may differ by layer and by query head, and lists may be held to a least and a largest size:
+// pruner.Limits, none of which Twilight has.
+//
 // The set is found without sorting or bisection. A histogram of the weights by the leading bits of
 // their floating-point form (32 bins an octave over 32 octaves) tells the bin in which the sum reaches
 // p; only that bin is sorted. Sums are float64 in a fixed order. Cost: two passes over the candidates.

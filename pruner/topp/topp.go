@@ -9,15 +9,16 @@ import (
 	"github.com/twilight-sidecar/twilight/pruner"
 )
 
-// Config holds the method's key, named as in Twilight.
+// Config holds the method's keys. Threshold is Twilight's.
 type Config struct {
-	// Threshold is p, in (0, 1].
+	// Threshold is p, the share of softmax weight to keep, in (0, 1].
 	Threshold float64 `json:"threshold"`
+	pruner.Limits
 }
 
 // Default is the p of every config that Twilight ships. The paper uses 0.95 for LLaMA-2 and LLaMA-3,
 // 0.85 for Longchat (section 5.1).
-func Default() *Config { return &Config{Threshold: 0.85} }
+func Default() *Config { return &Config{Threshold: 0.85, Limits: pruner.NoLimits()} }
 
 // Method is the entry for a registry.
 func Method() pruner.Method {
@@ -26,20 +27,24 @@ func Method() pruner.Method {
 
 // Validate implements pruner.Config.
 func (c *Config) Validate() error {
-	if !(c.Threshold > 0 && c.Threshold <= 1) {
-		return fault.Newf(fault.Invalid, "threshold",
-			"threshold is %v, expected p, the share of softmax weight to keep, in (0, 1]", c.Threshold)
+	const expected = "p, the share of softmax weight to keep, in (0, 1]"
+	if !isShare(c.Threshold) {
+		return fault.Newf(fault.Invalid, "threshold", "threshold is %v, expected %s", c.Threshold, expected)
 	}
-	return nil
+	return c.Limits.Validate(isShare, expected)
 }
 
+func isShare(p float64) bool { return p > 0 && p <= 1 }
+
 // New implements pruner.Config.
-func (c *Config) New() pruner.Pruner { return topP{c.Threshold} }
+func (c *Config) New() pruner.Pruner { return &topP{c.Limits.New(c.Threshold)} }
 
-type topP struct{ p float64 }
+type topP struct{ pruner.Limited }
 
-func (t topP) Prune(dst []int32, c *pruner.Candidates) []int32 {
-	p := t.p
+var _ pruner.Limiter = &topP{}
+
+func (t *topP) Prune(dst []int32, c *pruner.Candidates) []int32 {
+	p := t.Threshold(c)
 	if c.P > 0 {
 		p = float64(c.P)
 	}

@@ -25,6 +25,9 @@ func candidates(logits []float32) *pruner.Candidates {
 	return c
 }
 
+// with is the pruner for p.
+func with(p float64) pruner.Pruner { return (&Config{Threshold: p}).New() }
+
 // byWeight is the order in which top-p takes candidates.
 func byWeight(c *pruner.Candidates) []int32 {
 	order := make([]int32, len(c.Weights))
@@ -63,7 +66,7 @@ func TestSmallestSet(t *testing.T) {
 		if rapid.Bool().Draw(t, "over all") {
 			c.Outside = rapid.Float64Range(0, 2).Draw(t, "outside")
 		}
-		got := topP{cmp.Or(float64(c.P)/2, p)}.Prune([]int32{-7}, c)
+		got := with(cmp.Or(float64(c.P)/2, p)).Prune([]int32{-7}, c)
 		if got[0] != -7 {
 			t.Fatalf("what was in dst became %d", got[0])
 		}
@@ -110,7 +113,7 @@ func TestExactCases(t *testing.T) {
 		"ties go to lower positions":   {.5, []float32{0, 1, 0, 1, 1}, []int32{1, 3}},
 		"a tie for the last place":     {.75, []float32{0, 3, 0, 3, 3, 3}, []int32{1, 3, 4, 5}},
 	} {
-		if got := (topP{test.p}).Prune(nil, candidates(test.logits)); !slices.Equal(got, test.want) {
+		if got := with(test.p).Prune(nil, candidates(test.logits)); !slices.Equal(got, test.want) {
 			t.Errorf("%s: kept %v, want %v", name, got, test.want)
 		}
 	}
@@ -134,14 +137,19 @@ func TestBinsKeepOrder(t *testing.T) {
 func TestValidate(t *testing.T) {
 	t.Parallel()
 	for _, p := range []float64{1e-9, .85, 1} {
-		if err := (&Config{p}).Validate(); err != nil {
+		if err := (&Config{Threshold: p}).Validate(); err != nil {
 			t.Errorf("p %v: %v", p, err)
 		}
 	}
 	for _, p := range []float64{0, -1, 1.01, math.NaN(), math.Inf(1)} {
-		var f *fault.Error
-		if err := (&Config{p}).Validate(); !errors.As(err, &f) || f.Field != "threshold" {
-			t.Errorf("p %v: error %v, want one about threshold", p, err)
+		c := &Config{Threshold: p}
+		if f, ok := errors.AsType[*fault.Error](c.Validate()); !ok || f.Field != "threshold" {
+			t.Errorf("p %v: error %v, want one about threshold", p, f)
+		}
+		c = Default()
+		c.ThresholdByLayer["3"] = p
+		if f, ok := errors.AsType[*fault.Error](c.Validate()); !ok || f.Field != `threshold_by_layer["3"]` {
+			t.Errorf("p %v in layer 3: error %v, want one about threshold_by_layer", p, f)
 		}
 	}
 	if c := Method().Default().(*Config); c.Threshold != .85 {
@@ -149,10 +157,33 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// TestThresholds: p given with the step goes before that of a query head, that before the layer's, and that
+// before the one for all.
+func TestThresholds(t *testing.T) {
+	t.Parallel()
+	config := Default()
+	config.Threshold = .5
+	config.ThresholdByLayer = map[string]float64{"2": .25, "3": .25}
+	config.ThresholdByHead = map[string][]float64{"3": {.75, 1}}
+	p := config.New()
+	for _, test := range []struct {
+		layer, head, want int // of 8 equal candidates
+		p                 float32
+	}{
+		{0, 0, 4, 0}, {2, 1, 2, 0}, {3, 0, 6, 0}, {3, 1, 8, 0}, {3, 0, 1, .125}, {0, 1, 1, .125},
+	} {
+		c := candidates(make([]float32, 8))
+		c.Layer, c.QueryHead, c.P = test.layer, test.head, test.p
+		if got := p.Prune(nil, c); len(got) != test.want {
+			t.Errorf("%+v: kept %v", test, got)
+		}
+	}
+}
+
 func TestNoAllocation(t *testing.T) {
-	c := spread(4096)
+	c, p := spread(4096), with(.95)
 	var dst []int32
-	kvtest.NoAllocation(t, func() { dst = topP{.95}.Prune(dst[:0], c) })
+	kvtest.NoAllocation(t, func() { dst = p.Prune(dst[:0], c) })
 }
 
 func spread(n int) *pruner.Candidates {
@@ -165,11 +196,11 @@ func spread(n int) *pruner.Candidates {
 }
 
 func BenchmarkPrune(b *testing.B) {
-	c := spread(8192)
+	c, p := spread(8192), with(.95)
 	var dst []int32
 	b.Run("histogram", func(b *testing.B) {
 		for b.Loop() {
-			dst = topP{.95}.Prune(dst[:0], c)
+			dst = p.Prune(dst[:0], c)
 		}
 	})
 	b.Run("sort", func(b *testing.B) {

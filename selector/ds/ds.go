@@ -43,6 +43,9 @@ func (d ds) Fits(layer int, g *kv.Geometry) error {
 	return nil
 }
 
+// Unit implements selector.Ranker.
+func (ds) Unit() int { return 1 }
+
 // Select implements selector.Selector.
 func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n := row.Budget(d.tokenBudget, d.sparsityRate), row.Len-row.First

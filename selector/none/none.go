@@ -27,9 +27,4 @@ type all struct{}
 
 func (all) Shadow() kv.Shadow { return nil }
 
-func (all) Select(dst []int32, row *selector.Row) []int32 {
-	for p := row.First; p < row.Len; p++ {
-		dst = append(dst, int32(p))
-	}
-	return dst
-}
+func (all) Select(dst []int32, row *selector.Row) []int32 { return selector.All(dst, row) }

@@ -31,6 +31,9 @@ type oracle struct{ Config }
 
 func (oracle) Shadow() kv.Shadow { return nil }
 
+// Unit implements selector.Ranker.
+func (oracle) Unit() int { return 1 }
+
 // Select implements selector.Selector.
 func (o oracle) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n := row.Budget(o.TokenBudget, o.SparsityRate), row.Len-row.First

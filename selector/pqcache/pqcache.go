@@ -28,6 +28,9 @@ func (p pqcache) Fits(_ int, g *kv.Geometry) error {
 	return nil
 }
 
+// Unit implements selector.Ranker.
+func (pqcache) Unit() int { return 1 }
+
 // Select implements selector.Selector.
 func (p pqcache) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n, dim := row.Budget(p.tokenBudget, p.sparsityRate), row.Len-row.First, row.Dim

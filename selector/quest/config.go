@@ -1,8 +1,6 @@
 package quest
 
 import (
-	"math"
-
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/selector"
@@ -14,7 +12,7 @@ type Config struct {
 	TokenBudget int `json:"token_budget"`
 	// SparsityRate, if not -1, replaces TokenBudget by this share of the row's valid tokens, rounded up.
 	SparsityRate float64 `json:"sparsity_rate"`
-	// ChunkSize is how many adjacent tokens share a bound: a multiple of kv.ChunkTokens.
+	// ChunkSize is how many adjacent tokens share a bound: a multiple of 16.
 	ChunkSize int `json:"chunk_size"`
 }
 
@@ -32,13 +30,8 @@ const maxChunkSize = 1 << 20
 
 // Validate implements selector.Config.
 func (c *Config) Validate() error {
-	if c.TokenBudget < 1 || c.TokenBudget > math.MaxInt32 {
-		return fault.Newf(fault.Invalid, "token_budget",
-			"token_budget is %d, expected 1..%d tokens", c.TokenBudget, math.MaxInt32)
-	}
-	if c.SparsityRate != -1 && !(c.SparsityRate > 0 && c.SparsityRate <= 1) {
-		return fault.Newf(fault.Invalid, "sparsity_rate",
-			"sparsity_rate is %v, expected a share of the length in (0, 1], or -1 to use token_budget", c.SparsityRate)
+	if err := selector.CheckBudget(c.TokenBudget, c.SparsityRate); err != nil {
+		return err
 	}
 	if c.ChunkSize < kv.ChunkTokens || c.ChunkSize > maxChunkSize || c.ChunkSize%kv.ChunkTokens != 0 {
 		return fault.Newf(fault.Invalid, "chunk_size",

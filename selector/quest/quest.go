@@ -2,7 +2,6 @@ package quest
 
 import (
 	"math"
-	"slices"
 
 	"github.com/viterin/vek/vek32"
 
@@ -12,15 +11,19 @@ import (
 
 type quest struct{ Config }
 
+var _ selector.Ranker = quest{}
+
 func (quest) Shadow() kv.Shadow { return extremes{} }
 
-// Select implements selector.Selector. It sets row.Bounds unless every token is a candidate.
+// Unit implements selector.Ranker.
+func (q quest) Unit() int { return q.ChunkSize }
+
+// Select implements selector.Selector.
 func (q quest) Select(dst []int32, row *selector.Row) []int32 {
-	row.Bounds = row.Bounds[:0]
 	first, end := row.First/q.ChunkSize, ceilDiv(row.Len, q.ChunkSize) // chunks of ChunkSize
-	keep := max(1, ceilDiv(q.budget(row), q.ChunkSize))
+	keep := max(1, ceilDiv(row.Budget(q.TokenBudget, q.SparsityRate), q.ChunkSize))
 	if keep >= end-first {
-		return q.positions(dst, row, first, end)
+		return selector.All(dst, row)
 	}
 	scores := q.score(row, first, end)
 	pinned := float32(math.Inf(1))
@@ -33,87 +36,46 @@ func (q quest) Select(dst []int32, row *selector.Row) []int32 {
 		*last = pinned
 		pins++
 	}
-	cut, ties := selector.Cut(scores, max(keep, pins))
-	for i, s := range scores {
-		if s < cut || s == cut && ties == 0 {
-			continue
-		}
-		if s == cut {
-			ties--
-		}
-		dst = q.positions(dst, row, first+i, first+i+1)
-	}
-	return dst
-}
-
-func (q quest) budget(row *selector.Row) int {
-	switch {
-	case row.TokenBudget > 0:
-		return row.TokenBudget
-	case q.SparsityRate > 0:
-		return int(math.Ceil(q.SparsityRate * float64(row.Len-row.First)))
-	}
-	return q.TokenBudget
-}
-
-// positions appends the row's valid positions in the chunks from..to.
-func (q quest) positions(dst []int32, row *selector.Row, from, to int) []int32 {
-	for p := max(row.First, from*q.ChunkSize); p < min(row.Len, to*q.ChunkSize); p++ {
-		dst = append(dst, int32(p))
-	}
-	return dst
+	row.Ranking.Unit, row.Ranking.Scores = q.ChunkSize, scores
+	return row.Ranking.Take(dst, row, max(keep, pins))
 }
 
 // score returns what the chunks first..end of ChunkSize are ranked by: finite, or MaxFloat32 for those
-// without a finite bound. It sets row.Bounds, in which the shadow chunks within one of ours all have
-// its bound.
+// without a finite bound. It sets the Ranking's bounds.
 func (q quest) score(row *selector.Row, first, end int) []float32 {
-	firstShadow := row.First / kv.ChunkTokens
-	shadows := ceilDiv(row.Len, kv.ChunkTokens) - firstShadow
-	heads, dim := len(row.Queries), row.Dim
-
-	f32 := slices.Grow(row.Scratch.F32[:0], heads*(2*dim+shadows)+2*2*dim+end-first)
-	row.Scratch.F32 = f32
-	take := func(n int) []float32 {
-		f32 = f32[:n]
-		taken := f32[:n:n]
-		f32 = f32[n:]
-		return taken
-	}
+	heads, dim, chunks := len(row.Queries), row.Dim, end-first
+	f32 := row.Scratch.Floats(heads*(2*dim+chunks) + 2*2*dim + chunks)
 
 	// With q split by sign, the bound is one dot product with the record.
-	signed := take(heads * 2 * dim)
+	signed := selector.Take(&f32, heads*2*dim)
 	for h, query := range row.Queries {
 		positive, negative := signed[2*h*dim:][:dim], signed[(2*h+1)*dim:][:dim]
 		vek32.MaximumNumber_Into(positive, query, 0)
 		vek32.MinimumNumber_Into(negative, query, 0)
-		row.Bounds = append(row.Bounds, take(shadows))
+		row.Ranking.Bounds = append(row.Ranking.Bounds, selector.Take(&f32, chunks))
 	}
-	record, other, scores := take(2*dim), take(2*dim), take(end-first)
-	for c := first; c < end; c++ {
-		from := max(row.First, c*q.ChunkSize)/kv.ChunkTokens - firstShadow
-		to := ceilDiv(min(row.Len, (c+1)*q.ChunkSize), kv.ChunkTokens) - firstShadow
-		kv.F16.Decode(record, row.Records.Chunk(firstShadow+from))
+	record, other, scores := selector.Take(&f32, 2*dim), selector.Take(&f32, 2*dim), selector.Take(&f32, chunks)
+	for c := range chunks {
+		from := max(row.First, (first+c)*q.ChunkSize) / kv.ChunkTokens
+		to := ceilDiv(min(row.Len, (first+c+1)*q.ChunkSize), kv.ChunkTokens)
+		kv.F16.Decode(record, row.Records.Chunk(from))
 		for s := from + 1; s < to; s++ {
-			kv.F16.Decode(other, row.Records.Chunk(firstShadow+s))
+			kv.F16.Decode(other, row.Records.Chunk(s))
 			vek32.Maximum_Inplace(record[:dim], other[:dim])
 			vek32.Minimum_Inplace(record[dim:], other[dim:])
 		}
 		sum := float32(0)
-		for h, bounds := range row.Bounds {
-			bound := vek32.Dot(signed[2*h*dim:][:2*dim], record)
-			if !isFinite(bound) {
-				bound = float32(math.Inf(1))
+		for h, bounds := range row.Ranking.Bounds {
+			bounds[c] = vek32.Dot(signed[2*h*dim:][:2*dim], record)
+			if !isFinite(bounds[c]) {
+				bounds[c] = float32(math.Inf(1))
 			}
-			sum += bound
-			for s := from; s < to; s++ {
-				bounds[s] = bound
-			}
+			sum += bounds[c]
 		}
 		if !isFinite(sum) {
 			sum = math.MaxFloat32
 		}
-		scores[c-first] = sum
+		scores[c] = sum
 	}
 	return scores
 }

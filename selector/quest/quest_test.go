@@ -68,20 +68,18 @@ func TestBounds(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		e := examples(t)
 		size := 16 * rapid.IntRange(1, 3).Draw(t, "chunks a bound")
-		first := e.First / size
-		quest{Config{ChunkSize: size}}.score(&e.Row, first, ceilDiv(e.Len, size))
-		firstShadow := e.First / kv.ChunkTokens
+		first, end := e.First/size, ceilDiv(e.Len, size)
+		quest{Config{ChunkSize: size}}.score(&e.Row, first, end)
 		for h, query := range e.Queries {
 			norm := 0.0
 			for _, q := range query {
 				norm += math.Abs(float64(q))
 			}
-			if got, want := len(e.Bounds[h]), ceilDiv(e.Len, kv.ChunkTokens)-firstShadow; got != want {
-				t.Fatalf("%d bounds, want %d", got, want)
+			if got := len(e.Ranking.Bounds[h]); got != end-first {
+				t.Fatalf("%d bounds, want %d", got, end-first)
 			}
-			for c, bound := range e.Bounds[h] {
-				group := (firstShadow + c) * kv.ChunkTokens / size
-				plain := e.plainBound(query, group*size, (group+1)*size)
+			for c, bound := range e.Ranking.Bounds[h] {
+				plain := e.plainBound(query, (first+c)*size, (first+c+1)*size)
 				slack := norm * 15 / 1024 // of fp16 values below 16
 				if float64(bound) < plain-1e-4*norm || float64(bound) > plain+slack {
 					t.Fatalf("head %d, chunk %d: bound %v, want %v..%v", h, c, bound, plain, plain+slack)
@@ -119,7 +117,7 @@ func TestSelect(t *testing.T) {
 
 		first, end := e.First/size, (e.Len-1)/size+1
 		scores := slices.Clone(quest{config}.score(&e.Row, first, end))
-		e.Bounds = nil
+		e.Ranking.Reset()
 		chunks := make([]int, end-first)
 		for i := range chunks {
 			chunks[i] = i
@@ -158,8 +156,8 @@ func TestSelect(t *testing.T) {
 		if got := config.New().Select([]int32{-7}, &e.Row); !slices.Equal(got[1:], want) || got[0] != -7 {
 			t.Fatalf("selected %v, want %v after what was there", got, want)
 		}
-		if all := keep >= len(chunks); all != (len(e.Bounds) == 0) {
-			t.Fatalf("all are candidates: %v, but %d bounds", all, len(e.Bounds))
+		if all := keep >= len(chunks); all != (len(e.Ranking.Bounds) == 0) || all != (len(e.Ranking.Scores) == 0) {
+			t.Fatalf("all are candidates: %v, but the ranking is %+v", all, e.Ranking)
 		}
 	})
 }
@@ -212,8 +210,8 @@ func TestUnboundedChunkRanksFirst(t *testing.T) {
 				if len(got) != size || !slices.Contains(got, 200) {
 					t.Errorf("%s, q %v, chunks of %d: selected %v, want the chunk of 200", name, q, size, got)
 				}
-				for c, b := range row.Bounds[0] {
-					if math.IsNaN(float64(b)) || (c == 200/16) && b != inf {
+				for c, b := range row.Ranking.Bounds[0] {
+					if math.IsNaN(float64(b)) || (c == 200/size) != (b == inf) {
 						t.Errorf("%s, q %v: chunk %d has bound %v", name, q, c, b)
 					}
 				}
@@ -277,7 +275,11 @@ func TestNoAllocation(t *testing.T) {
 	}
 	s := Default().New()
 	var dst []int32
-	kvtest.NoAllocation(t, func() { dst = s.Select(dst[:0], row) })
+	kvtest.NoAllocation(t, func() {
+		row.Ranking.Reset()
+		dst = s.Select(dst[:0], row)
+		dst = row.Ranking.Take(dst, row, row.Ranking.Taken+5)
+	})
 	chunk := make([]byte, s.Shadow().ChunkBytes(dim))
 	kvtest.NoAllocation(t, func() { s.Shadow().Index(nil, chunk, keys, dim, 0xffff, 1) })
 }

@@ -55,6 +55,9 @@ func (s sparq) Fits(_ int, g *kv.Geometry) error {
 	return nil
 }
 
+// Unit implements selector.Ranker.
+func (sparq) Unit() int { return 1 }
+
 // Select implements selector.Selector.
 func (s sparq) Select(dst []int32, row *selector.Row) []int32 {
 	budget, n, dim := row.Budget(s.TokenBudget, s.SparsityRate), row.Len-row.First, row.Dim

@@ -1444,10 +1444,15 @@ func (*Layer_QueryInline) isLayer_Query() {}
 
 func (*Layer_QueryTensor) isLayer_Query() {}
 
-// Prefill attention that the daemon cannot see, of every row of the step. Each part is optional.
+// Prefill attention that the daemon cannot see, of every row of the step: where other sequences are under
+// way, declare a step of the prefilled ones alone first, and send its layers without a query. The prefill
+// ended before the position of the query or, without a query, with the last one. A later observation of a
+// sequence replaces what was made of an earlier one. Each part is optional; one that no method looks at is
+// ignored, if another is looked at.
 type Observation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Queries of the prefill's last `window` positions: [B, window, Hq, Dk] of query_dtype, packed.
+	// Queries of the prefill's last `window` positions: [B, window, Hq, Dk] of query_dtype, packed. At least
+	// as many as the method looks at, unless it keeps the whole prompt anyway.
 	Window uint32 `protobuf:"varint,1,opt,name=window,proto3" json:"window,omitempty"`
 	// Types that are valid to be assigned to WindowQueries:
 	//
@@ -1455,7 +1460,7 @@ type Observation struct {
 	//	*Observation_WindowQueriesAt
 	WindowQueries isObservation_WindowQueries `protobuf_oneof:"window_queries"`
 	// Softmax weight that each position got from all prefill queries together: float32
-	// [B, Hq, mass_tokens], packed; 0 past a row's length.
+	// [B, Hq, mass_tokens], packed; what lies past a row's prefill is ignored.
 	MassTokens uint32 `protobuf:"varint,4,opt,name=mass_tokens,json=massTokens,proto3" json:"mass_tokens,omitempty"`
 	// Types that are valid to be assigned to Mass:
 	//
