@@ -46,6 +46,7 @@ type lease struct {
 	regions map[uint32]*region
 	caches  map[uint32]*cache
 	result  gpu.LayerResult
+	arming  *cache // on which a step was armed that is not answered yet
 }
 
 // serve answers requests in order until the stream ends.
@@ -70,7 +71,9 @@ func (l *lease) serve(stream leaseStream) error {
 	for {
 		select {
 		case req := <-requests:
-			if err := l.send(l.answer(ctx, req)); err != nil {
+			err := l.send(l.answer(ctx, req))
+			l.answeredArmed()
+			if err != nil {
 				return err
 			}
 		case err := <-broken:

@@ -195,7 +195,7 @@ func TestRefusals(t *testing.T) {
 		{"step id that does not grow", step(1), precondition, "step.step_id"},
 		{"sequences unlike lengths", stepOf(func(s *twilightv1.Step) { s.Sequences = nil }), invalid, "step"},
 		{"device batch", stepOf(func(s *twilightv1.Step) {
-			s.Device = &twilightv1.DeviceBatch{Batch: 1, Lengths: at(1, 1), Table: at(1, 1), TableStride: 1, MaxLength: 1}
+			s.Device = &twilightv1.DeviceBatch{Batch: 1, Lengths: at(1, 1), Table: at(1, 1), TableStride: 1, Slots: at(1, 1), MaxLength: 1}
 		}), unsupported, "step.device"},
 		{"armed step", stepOf(func(s *twilightv1.Step) {
 			tensor := &twilightv1.Tensor{At: at(1, 1)}

@@ -21,11 +21,14 @@ func (l *lease) step(ctx context.Context, req *twilightv1.Step) (*twilightv1.Ste
 	case req.GetStepId() <= c.lastStep:
 		return nil, fault.Newf(fault.Precondition, "step_id",
 			"is %d, but the cache has had step %d: step ids grow", req.GetStepId(), c.lastStep)
-	case req.GetDevice() != nil:
+	case req.GetDevice() != nil && !l.info.DeviceBatch:
 		return nil, fault.Newf(fault.Unsupported, "device",
 			"device %s reads no batches from lent memory: send the columns", l.info.ID)
 	case req.GetArmed() != nil:
-		return nil, fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: send Layer messages", l.info.ID)
+		return l.arm(ctx, c, req)
+	case req.GetDevice() != nil:
+		return nil, fault.Newf(fault.Unsupported, "device",
+			"is set, but the step is not armed: only armed steps read their batch from lent memory")
 	}
 	if err := c.device.Step(ctx, kvStep(req)); err != nil {
 		return nil, err
@@ -67,6 +70,10 @@ func (l *lease) currentStep(cacheID uint32, stepID uint64) (*cache, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.armed.has(stepID) {
+		return nil, fault.Newf(fault.Precondition, "step_id",
+			"is %d, an armed step: its layers run when their words are rung", stepID)
+	}
 	if !c.current {
 		return nil, fault.Newf(fault.Precondition, "step_id",
 			"is %d, but cache %d has no current step: declare one first", stepID, cacheID)
@@ -79,6 +86,10 @@ func (l *lease) currentStep(cacheID uint32, stepID uint64) (*cache, error) {
 }
 
 func (l *lease) cancelStep(req *twilightv1.CancelStep) error {
+	if c := l.caches[req.GetCacheId()]; c != nil && c.armed.has(req.GetStepId()) {
+		c.device.CancelArmed(uint32(req.GetStepId()))
+		return nil
+	}
 	c, err := l.currentStep(req.GetCacheId(), req.GetStepId())
 	if err != nil {
 		return err
@@ -227,6 +238,8 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		return nil, fault.Exhaustedf("list_mode", size, limit,
 			"LIST_MODE_INLINE may take %d bytes of at most %d: name a buffer", size, limit)
 	}
+	timing := &twilightv1.Timing{}
+	setTiming(timing, &r.Timing)
 	return &twilightv1.LayerResult{
 		Candidates:        r.Candidates,
 		Kept:              r.Kept,
@@ -238,21 +251,23 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		EstimatedMass:     r.Mass,
 		EstimatedCoverage: r.Coverage,
 		Index:             indexStats(&r.Index),
-		Timing: &twilightv1.Timing{
-			WallNs:   uint64(r.Timing.Wall.Nanoseconds()),
-			IndexNs:  uint64(r.Timing.Index.Nanoseconds()),
-			SelectNs: uint64(r.Timing.Select.Nanoseconds()),
-			PruneNs:  uint64(r.Timing.Prune.Nanoseconds()),
-			AttendNs: uint64(r.Timing.Attend.Nanoseconds()),
-		},
+		Timing:            timing,
 	}, nil
 }
 
+func setTiming(m *twilightv1.Timing, t *gpu.Timing) {
+	m.WallNs, m.IndexNs = uint64(t.Wall.Nanoseconds()), uint64(t.Index.Nanoseconds())
+	m.SelectNs, m.PruneNs = uint64(t.Select.Nanoseconds()), uint64(t.Prune.Nanoseconds())
+	m.AttendNs = uint64(t.Attend.Nanoseconds())
+}
+
 func indexStats(s *kv.IndexStats) *twilightv1.IndexStats {
-	return &twilightv1.IndexStats{
-		TokensIndexed:       s.TokensIndexed,
-		TokensClaimed:       s.TokensClaimed,
-		ChunksDrifted:       s.ChunksDrifted,
-		StatisticsRefreshed: s.StatisticsRefreshed,
-	}
+	m := &twilightv1.IndexStats{}
+	setIndexStats(m, s)
+	return m
+}
+
+func setIndexStats(m *twilightv1.IndexStats, s *kv.IndexStats) {
+	m.TokensIndexed, m.TokensClaimed = s.TokensIndexed, s.TokensClaimed
+	m.ChunksDrifted, m.StatisticsRefreshed = s.ChunksDrifted, s.StatisticsRefreshed
 }

@@ -182,6 +182,14 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	return nil
 }
 
+// Arm implements gpu.Cache. Info declares no armed steps.
+func (c *cache) Arm(context.Context, *gpu.ArmedStep) error {
+	return fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: run layers one by one", c.lease.device.uuid)
+}
+
+// CancelArmed implements gpu.Cache.
+func (c *cache) CancelArmed(uint32) {}
+
 func (c *cache) Close() error {
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()

@@ -4,6 +4,7 @@ package gputest
 
 import (
 	"testing"
+	"time"
 
 	"github.com/twilight-sidecar/twilight/gpu"
 )
@@ -20,6 +21,19 @@ type Buffer interface {
 	Region(t testing.TB, size int, writable bool) *gpu.Region
 	Write(offset int, data []byte)
 	Read(offset int, data []byte)
+}
+
+// Ringer is a Buffer in which words can be rung and waited for. That of a device that arms steps must be
+// one.
+type Ringer interface {
+	// Store writes a word and wakes nobody.
+	Store(offset int, v uint32)
+	// Ring writes a word behind all that was written before, and wakes who waits for it.
+	Ring(offset int, v uint32)
+	// Load reads a word.
+	Load(offset int) uint32
+	// Await waits until a word is v, and tells whether it is before timeout passed.
+	Await(offset int, v uint32, timeout time.Duration) bool
 }
 
 // Option changes how strict the suite is.
@@ -79,6 +93,13 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 		{"ShadowBytes", testShadowBytes},
 		{"Leaks", testLeaks},
 		{"Neighbours", testNeighbours},
+		{"Armed", testArmed},
+		{"ArmedHistory", testArmedHistory},
+		{"ArmedFailures", testArmedFailures},
+		{"ArmedRefusals", testArmedRefusals},
+		{"ArmedLifetimes", testArmedLifetimes},
+		{"ArmedNeighbours", testArmedNeighbours},
+		{"DeviceBatches", testDeviceBatches},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			device := newDevice(t)

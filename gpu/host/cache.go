@@ -18,6 +18,7 @@ type cache struct {
 	layers  []layer
 	byModel map[int]int // the model's layer index to that in layers
 	tracker *kv.Tracker
+	paging  kv.TrackerConfig
 	stepped bool
 	closed  bool
 
@@ -28,6 +29,7 @@ type cache struct {
 	states              *states // nil for methods that remember nothing
 	stateBytes          uint64  // that carries and states may take
 	job                 *job
+	armed               *armer
 	indexing            indexing
 	call                call
 	// Methods bound once, so that calls allocate nothing.
@@ -59,6 +61,24 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.declare(step)
+}
+
+// check tells whether declare would accept a step now.
+func (c *cache) check(step *kv.Step) error {
+	if c.states != nil {
+		if err := c.states.check(step); err != nil {
+			return err
+		}
+	}
+	return c.tracker.Check(step)
+}
+
+// declare makes a batch the current one.
+func (c *cache) declare(step *kv.Step) error {
 	if c.states != nil {
 		if err := c.states.check(step); err != nil {
 			return err
@@ -89,6 +109,9 @@ func (c *cache) Index(ctx context.Context) (kv.IndexStats, error) {
 	defer c.lease.mu.Unlock()
 	var stats kv.IndexStats
 	if err := c.usable(ctx); err != nil {
+		return stats, err
+	}
+	if err := c.armed.idle(); err != nil {
 		return stats, err
 	}
 	if !c.stepped {
@@ -190,6 +213,7 @@ func (c *cache) indexChunk(worker, i int) error {
 }
 
 func (c *cache) Close() error {
+	c.armed.close()
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	return c.free()

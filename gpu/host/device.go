@@ -96,6 +96,7 @@ func (d *Device) Info() gpu.Info {
 		Compressors: m.Compressors.Types(),
 		Kernels:     []string{kernel()},
 		Regions:     []gpu.RegionKind{gpu.SharedMemory},
+		ArmedSteps:  true, DeviceBatch: true,
 	}
 }
 

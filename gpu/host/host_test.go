@@ -73,8 +73,13 @@ const questTopP = `{"skip_first_two_layers": false,
 
 func newProblem(t testing.TB, d *Device, config string, sequences, tokens int) *problem {
 	t.Helper()
+	return newDeepProblem(t, d, config, 2, sequences, tokens)
+}
+
+func newDeepProblem(t testing.TB, d *Device, config string, layers, sequences, tokens int) *problem {
+	t.Helper()
 	g := &kv.Geometry{
-		Layers: 2, QueryHeads: 8, KVHeads: 2, KDim: 64, VDim: 64,
+		Layers: layers, QueryHeads: 8, KVHeads: 2, KDim: 64, VDim: 64,
 		Scale: 0.125, Query: kv.F32, QueryScale: 1, Output: kv.F32,
 	}
 	cfg, err := d.options.Methods.Parse([]byte(config))

@@ -39,13 +39,21 @@ type call struct {
 func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
-	start := time.Now()
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
-	i, ok := c.byModel[request.Layer]
-	if !ok {
-		return fault.Newf(fault.NotFound, "layer", "the cache has no layer %d: name one of its own", request.Layer)
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.layer(ctx, request, answer)
+}
+
+// layer is Layer under the lease's lock.
+func (c *cache) layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
+	start := time.Now()
+	i, err := c.index(request.Layer, "layer")
+	if err != nil {
+		return err
 	}
 	if !c.stepped {
 		return errNoStep
@@ -63,6 +71,15 @@ func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gp
 	}
 	answer.Timing.Wall = time.Since(start)
 	return nil
+}
+
+// index is where the cache has one of the model's layers.
+func (c *cache) index(layer int, field string) (int, error) {
+	i, ok := c.byModel[layer]
+	if !ok {
+		return 0, fault.Newf(fault.NotFound, field, "the cache has no layer %d: name one of its own", layer)
+	}
+	return i, nil
 }
 
 func (c *cache) run(ctx context.Context, a *call) error {
@@ -136,13 +153,13 @@ func (c *cache) prepare(a *call) error {
 	}
 
 	var err error
-	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, "query"); err != nil {
+	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, &queryField); err != nil {
 		return err
 	}
 	if err := c.prepareOutput(a); err != nil {
 		return err
 	}
-	if err := c.prepareLists(a); err != nil {
+	if err := c.prepareLists(a, batch); err != nil {
 		return err
 	}
 
@@ -171,7 +188,7 @@ func (c *cache) prepareOutput(a *call) (err error) {
 		a.output = packed(a.answer.Output, g.QueryHeads, vector)
 		return nil
 	}
-	a.output, err = c.lease.tensor(a.request.Output, batch, g.QueryHeads, g.VDim, g.Output, "output")
+	a.output, err = c.lease.tensor(a.request.Output, batch, g.QueryHeads, g.VDim, g.Output, &outputField)
 	if err != nil || a.request.Output.Memory == nil {
 		return err
 	}
@@ -179,7 +196,7 @@ func (c *cache) prepareOutput(a *call) (err error) {
 }
 
 // prepareLists finds the buffer that lists go to, if one was given.
-func (c *cache) prepareLists(a *call) (err error) {
+func (c *cache) prepareLists(a *call, batch int) (err error) {
 	buffer := a.request.ListBuffer
 	if buffer == nil {
 		return nil
@@ -187,7 +204,7 @@ func (c *cache) prepareLists(a *call) (err error) {
 	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
 		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
 	}
-	size := uint64(len(a.rows)*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
+	size := uint64(batch*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
 	for _, p := range []struct {
 		at     gpu.Span
 		size   uint64

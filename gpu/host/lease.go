@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"math/bits"
 	"slices"
@@ -153,8 +154,17 @@ func (l *lease) usable(ctx context.Context) error {
 // Close implements gpu.Lease.
 func (l *lease) Close() error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.closed = true
+	caches := slices.Collect(maps.Keys(l.caches))
+	l.mu.Unlock()
+	for _, c := range caches {
+		c.armed.cancelAll(errClosed) // all at once, then one by one
+	}
+	for _, c := range caches {
+		c.armed.close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var errs []error
 	for c := range l.caches {
 		errs = append(errs, c.free())
@@ -274,7 +284,7 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	}
 	g := &l.geometry
 	c := &cache{
-		lease: l, layers: p.layers, tracker: tracker, arena: arena, taken: p.taken,
+		lease: l, layers: p.layers, tracker: tracker, paging: p.tracker, arena: arena, taken: p.taken,
 		byModel: make(map[int]int, len(p.layers)), job: newJob(), stateBytes: p.state,
 	}
 	if l.needs.State {
@@ -285,6 +295,7 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	}
 	c.selector, arena = carve(l.selector, g, p.layers, p.chunks, arena)
 	c.estimator, _ = carve(l.estimator, g, p.layers, p.chunks, arena)
+	c.armed = newArmer(c)
 	c.trainTask, c.indexTask = c.trainHead, c.indexChunk
 	c.queryTask, c.windowTask, c.observeTask = c.readQuery, c.readObservation, c.observe
 	c.weighTask, c.shareTask, c.attendTask = c.weigh, c.share, c.attend

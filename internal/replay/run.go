@@ -31,6 +31,8 @@ type Options struct {
 	DType    client.DType // F16 if 0
 	// Seed shuffles the cache's pages.
 	Seed uint64
+	// Armed arms each step's layers, in place of a message a layer.
+	Armed bool
 
 	// Progress, if not nil, is told after the prefill and after each step how much of all is done.
 	Progress func(done, all int)
@@ -44,6 +46,8 @@ type engine struct {
 	cache         *client.Cache
 	kv            *client.Buffer
 	query, output *client.Buffer
+	lists         *client.Buffer // of armed steps
+	how           client.Arming
 	prefill       *client.Buffer // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
@@ -111,11 +115,20 @@ func (e *engine) lend(ctx context.Context) error {
 		return err
 	}
 	g := e.session.Geometry()
-	if e.query, err = e.session.NewBuffer(ctx, c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
+	tensors := 1 // that of the layer that runs
+	if e.Armed {
+		tensors = len(c.Layers)
+	}
+	if e.query, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
 		return err
 	}
-	if e.output, err = e.session.NewBuffer(ctx, c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+	if e.output, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
 		return err
+	}
+	if e.Armed {
+		if err := e.describe(ctx); err != nil {
+			return err
+		}
 	}
 	if err := e.lendPrefill(ctx); err != nil {
 		return err
@@ -175,25 +188,38 @@ func (e *engine) decode(ctx context.Context, j *judge) error {
 	e.progress(1)
 	for step := range c.Steps {
 		e.write(c.N+step, c.N+step+1)
-		start := time.Now()
-		declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
-		if err != nil {
-			return fmt.Errorf("step %d: %w", step, err)
+		decode := e.decodeByMessages
+		if e.Armed && (step > 0 || e.prefill == nil) { // an observation goes by a message
+			decode = e.decodeArmed
 		}
-		e.facts.Decode += time.Since(start)
-		for layer := range c.Layers {
-			result, err := e.layer(ctx, declared, step, layer)
-			if err == nil {
-				err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
-			}
-			if err != nil {
-				return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
-			}
+		if err := decode(ctx, j, step); err != nil {
+			return fmt.Errorf("step %d: %w", step, err)
 		}
 		if err := j.judge(step); err != nil {
 			return fmt.Errorf("step %d: %w", step, err)
 		}
 		e.progress(2 + step)
+	}
+	return nil
+}
+
+// decodeByMessages runs a step whose token is in the cache, a message a layer.
+func (e *engine) decodeByMessages(ctx context.Context, j *judge, step int) error {
+	c, g := e.Capture, e.session.Geometry()
+	start := time.Now()
+	declared, err := e.cache.Step(ctx, e.batch(c.N+step+1, false))
+	if err != nil {
+		return err
+	}
+	e.facts.Decode += time.Since(start)
+	for layer := range c.Layers {
+		result, err := e.layer(ctx, declared, step, layer)
+		if err == nil {
+			err = j.take(layer, result, g.DecodeOutput(nil, e.output.Bytes()[:c.QueryHeads*c.VDim*g.Output.Size()]))
+		}
+		if err != nil {
+			return fmt.Errorf("layer %d: %w", c.Layers[layer].Index, err)
+		}
 	}
 	return nil
 }

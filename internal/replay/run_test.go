@@ -264,6 +264,22 @@ func TestRunFails(t *testing.T) {
 	}
 }
 
+// Armed steps give what messages give.
+func TestArmed(t *testing.T) {
+	t.Parallel()
+	c := daemon(t)
+	var reports [2]bytes.Buffer
+	for i, armed := range []bool{false, true} {
+		r := run(t, c, replay.Options{Capture: smolLM2(t), Config: quest, Armed: armed})
+		if err := json.NewEncoder(&reports[i]).Encode(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(reports[0].Bytes(), reports[1].Bytes()) {
+		t.Errorf("by messages:\n%s\narmed:\n%s", &reports[0], &reports[1])
+	}
+}
+
 // What a prefill saw goes to the methods that start from it: they keep what they would without a daemon
 // between, and are refused where the capture has nothing.
 func TestPrefill(t *testing.T) {
