@@ -61,7 +61,7 @@ func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 		return selector.All(dst, row)
 	}
 	r := d.labels.r
-	scratch := lowbit.ScratchFloats(1, r)
+	scratch := lowbit.ScratchFloats(1)
 	f32 := row.Scratch.Floats(n + row.Dim + r + scratch)
 	scores, query, label := selector.Take(&f32, n), selector.Take(&f32, row.Dim), selector.Take(&f32, r)
 	row.Sum(query)
