@@ -22,11 +22,11 @@ type Row struct {
 // Scratch is memory that is reused from call to call. The zero value is ready; one Scratch serves one
 // goroutine.
 type Scratch struct {
-	logits  []float32   // [G][n]
-	heads   [][]float32 // views of logits
-	vectors []float32   // [block][KDim or VDim]
-	weights []float32   // [G][block]
-	sum     []float32   // [G][VDim]
+	vectors kv.Vectors
+	logits  matrix    // [G][n]
+	sums    matrix    // [G][VDim], of a block
+	shifts  []float32 // [G]
+	totals  []float64 // [G]
 }
 
 // Dense attends over the positions [first, end), at least one, and writes out [G][VDim].
@@ -52,77 +52,74 @@ type tokens struct {
 	first, n int
 }
 
-// read writes the vectors of the i-th to j-th token to dst.
-func (t tokens) read(dst []float32, r kv.Reader, i, j int) {
+// locate finds the vectors of the i-th to j-th token, and those that come next.
+func (t tokens) locate(v *kv.Vectors, r kv.Reader, i, j int) {
+	j = min(j+kv.Ahead, t.n)
 	if t.list != nil {
-		r.Gather(dst, t.list[i:j])
+		r.LocateAt(v, t.list[i:j])
 		return
 	}
-	r.Read(dst, t.first+i, t.first+j)
+	r.Locate(v, t.first+i, t.first+j)
 }
 
-// block is how many tokens are worked on at a time: they stay in a near cache for all query heads.
-const block = 64
+// block is how many tokens are worked on at a time: their weights stay in the first cache, and sums of sums
+// of so many lose little.
+const block = 256
 
 func attend(out []float32, s *Scratch, row *Row, t tokens) {
-	heads, dim := len(row.Queries), row.Keys.Dim()
-	s.logits = slices.Grow(s.logits[:0], heads*t.n)[:heads*t.n]
-	s.vectors = slices.Grow(s.vectors[:0], block*dim)
-	s.heads = s.heads[:0]
-	for h := range heads {
-		s.heads = append(s.heads, s.logits[h*t.n:(h+1)*t.n])
-	}
+	logits := s.logits.shape(len(row.Queries), t.n)
 	for i := 0; i < t.n; i += block {
 		j := min(i+block, t.n)
-		keys := s.vectors[:(j-i)*dim]
-		t.read(keys, row.Keys, i, j)
-		for h, query := range row.Queries {
-			vek32.MatMul_Into(s.heads[h][i:j], keys, query, dim)
-		}
+		t.locate(&s.vectors, row.Keys, i, j)
+		s.vectors.Dots(logits, i, row.Queries, j-i)
 	}
-	for _, logits := range s.heads {
-		Softcap(logits, row.Softcap)
+	for _, l := range logits {
+		Softcap(l, row.Softcap)
 	}
-	combine(out, s, row, t, s.heads)
+	combine(out, s, row, t, logits)
 }
 
 // combine sums values by the softmax of the logits, which it overwrites.
 func combine(out []float32, s *Scratch, row *Row, t tokens, logits [][]float32) {
 	heads, dim := len(logits), row.Values.Dim()
-	out = out[:heads*dim]
-	clear(out)
-	for h := range heads {
+	s.shifts, s.totals = slices.Grow(s.shifts[:0], heads)[:heads], slices.Grow(s.totals[:0], heads)[:heads]
+	for h, l := range logits {
 		sink := float32(math.Inf(-1))
 		if row.Sinks != nil {
 			sink = row.Sinks[h]
 		}
-		total := softmax(logits[h], sink)
-		vek32.MulNumber_Inplace(logits[h], float32(1/total))
+		s.shifts[h], s.totals[h] = shift(l, sink)
 	}
-	s.vectors = slices.Grow(s.vectors[:0], block*dim)
-	s.weights = slices.Grow(s.weights[:0], heads*block)
-	s.sum = slices.Grow(s.sum[:0], heads*dim)
+	out = out[:heads*dim]
+	clear(out)
+	sums := s.sums.shape(heads, dim)
 	for i := 0; i < t.n; i += block {
 		j := min(i+block, t.n)
-		values := s.vectors[:(j-i)*dim]
-		t.read(values, row.Values, i, j)
-		weights := s.weights[:0]
-		for h := range heads {
-			weights = append(weights, logits[h][i:j]...)
+		for h, l := range logits {
+			weights := l[i:j]
+			Exp(weights, s.shifts[h])
+			s.totals[h] += float64(vek32.Sum(weights))
 		}
-		multiplyAdd(out, s.sum[:heads*dim], weights, values, j-i, dim)
+		t.locate(&s.vectors, row.Values, i, j)
+		s.vectors.Sum(sums, logits, i, j-i)
+		vek32.Add_Inplace(out, s.sums.flat)
+	}
+	for h, total := range s.totals {
+		vek32.MulNumber_Inplace(out[h*dim:][:dim], float32(1/total))
 	}
 }
 
-// multiplyAdd adds weights [heads][n] times values [n][dim] to out [heads][dim]. Heads are multiplied a
-// few at a time: vek32 would start goroutines for products of 100,000 terms and more.
-func multiplyAdd(out, product, weights, values []float32, n, dim int) {
-	const most = 100_000
-	few := max(1, (most-1)/(n*dim))
-	for len(out) > 0 {
-		heads := min(few, len(out)/dim)
-		some := vek32.MatMul_Into(product[:heads*dim], weights[:heads*n], values, n)
-		vek32.Add_Inplace(out[:heads*dim], some)
-		out, weights = out[heads*dim:], weights[heads*n:]
+// matrix is rows of equal length in one piece of memory.
+type matrix struct {
+	flat []float32
+	rows [][]float32
+}
+
+func (m *matrix) shape(rows, columns int) [][]float32 {
+	m.flat = slices.Grow(m.flat[:0], rows*columns)[:rows*columns]
+	m.rows = m.rows[:0]
+	for r := range rows {
+		m.rows = append(m.rows, m.flat[r*columns:][:columns:columns])
 	}
+	return m.rows
 }

@@ -35,16 +35,12 @@ func Softcap(logits []float32, softcap float32) {
 	}
 }
 
-// softmax replaces logits by weights exp(logit - shift) and returns the sum that normalises them, NaN
-// if a logit is NaN or +Inf. The sink joins the sum without a weight of its own; -Inf for none.
-func softmax(logits []float32, sink float32) (total float64) {
-	if sum := float64(vek32.Sum(logits)); sum != sum || sum > math.MaxFloat32 {
-		return math.NaN()
+// shift returns what to subtract from logits before their exponentials are taken, and the sink's, which
+// joins the sum that normalises them; -Inf for no sink. The sum is NaN if a logit is NaN or +Inf.
+func shift(logits []float32, sink float32) (by float32, sum float64) {
+	if s := float64(vek32.Sum(logits)); s != s || s > math.MaxFloat32 {
+		return 0, math.NaN()
 	}
-	shift := max(vek32.Max(logits), sink)
-	Exp(logits, shift)
-	for ; len(logits) > 0; logits = logits[min(block, len(logits)):] {
-		total += float64(vek32.Sum(logits[:min(block, len(logits))]))
-	}
-	return total + math.Exp(float64(sink-shift))
+	by = max(vek32.Max(logits), sink)
+	return by, math.Exp(float64(sink - by))
 }

@@ -184,6 +184,7 @@ func TestSchemaRefuses(t *testing.T) {
 	for _, config := range []string{
 		`7`, `{"x": 1}`, `{"coverage": "1"}`, `{"coverage_floor": 1.5}`, `{"group": "per_head"}`, `{"pin_first_chunk": 1}`,
 		`{"selector": {}}`, `{"selector": {"type": "seer"}}`, `{"selector": {"type": "none", "token_budget": 9}}`,
+		`{"selector": {"type": "adakv"}}`, `{"selector": {"type": "adakv", "selector": {"type": "quest", "k": 1}}}`,
 		`{"weight_pruner": {"type": "threshold"}}`, `{"weight_pruner": {"type": "top_p", "treshold": 1}}`,
 		`{"weight_pruner": {"type": "top_p", "threshold_by_head": {"0": 1}}}`,
 		`{"weight_pruner": {"type": "top_p", "threshold_by_layer": {"0": "1"}}}`,
@@ -205,10 +206,11 @@ func valid(t *testing.T, config []byte) error {
 	if err := errors.Join(json.Unmarshal(ConfigSchema, &schema), json.Unmarshal(config, &value)); err != nil {
 		t.Fatal(err)
 	}
-	return conforms(value, schema)
+	return conforms(value, schema, schema)
 }
 
-func conforms(value any, schema map[string]any) error {
+// conforms checks a value by a part of the schema root.
+func conforms(value any, schema, root map[string]any) error {
 	var errs []error
 	check := func(ok bool, word string) {
 		if !ok {
@@ -236,12 +238,12 @@ func conforms(value any, schema map[string]any) error {
 			}
 		case "items":
 			for _, element := range elements {
-				errs = append(errs, conforms(element, of.(map[string]any)))
+				errs = append(errs, conforms(element, of.(map[string]any), root))
 			}
 		case "properties":
 			for key, schema := range of.(map[string]any) {
 				if member, has := members[key]; has {
-					errs = append(errs, conforms(member, schema.(map[string]any)))
+					errs = append(errs, conforms(member, schema.(map[string]any), root))
 				}
 			}
 		case "additionalProperties":
@@ -251,7 +253,7 @@ func conforms(value any, schema map[string]any) error {
 					continue
 				}
 				if schema, ok := of.(map[string]any); ok {
-					errs = append(errs, conforms(member, schema))
+					errs = append(errs, conforms(member, schema, root))
 				} else {
 					check(of.(bool), word)
 				}
@@ -259,11 +261,14 @@ func conforms(value any, schema map[string]any) error {
 		case "oneOf":
 			matching := 0
 			for _, choice := range of.([]any) {
-				if conforms(value, choice.(map[string]any)) == nil {
+				if conforms(value, choice.(map[string]any), root) == nil {
 					matching++
 				}
 			}
 			check(matching == 1, word)
+		case "$ref":
+			key := strings.TrimPrefix(of.(string), "#/properties/")
+			errs = append(errs, conforms(value, root["properties"].(map[string]any)[key].(map[string]any), root))
 		case "$schema", "title", "description", "default":
 		default:
 			errs = append(errs, fmt.Errorf("the schema says %s, which this test does not know", word))

@@ -1,7 +1,11 @@
 package client_test
 
 import (
+	"context"
+	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/twilight-sidecar/twilight/client"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
@@ -53,6 +57,169 @@ func BenchmarkLayer(b *testing.B) {
 		if _, err := step.Layer(b.Context(), layer); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// BenchmarkWays is a layer's way to a daemon in another process and back, by each way that tensors travel:
+// armed with the next step armed while one runs, armed with arming counted, by message with tensors in
+// shared memory, and inline. The layer itself is nearly nothing. A step has 32 layers; p50-ns and p99-ns
+// are of a step's layers on average.
+func BenchmarkWays(b *testing.B) {
+	const depth = 32
+	path := filepath.Join(b.TempDir(), "tw.sock")
+	process(b, path)
+	e := newDeepEngine(b, "unix://"+path, depth)
+	cache, how, batch, query := e.cache, e.how, e.batch, make([]byte, deepTensor)
+	layers := func(ask func(i int) client.Layer) {
+		step, err := cache.Step(b.Context(), batch)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range depth {
+			if _, err := step.Layer(b.Context(), ask(i)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	var next *client.Armed
+	for _, way := range []struct {
+		name       string
+		begin, end func()
+		step       func()
+	}{
+		{"armed", func() { next = e.arm() }, func() {
+			next.Cancel()
+			_, _ = next.Results(b.Context())
+		}, func() {
+			a := next
+			e.replay(a, func() { next = e.arm() })
+		}},
+		{"armed, arming counted", nil, nil, func() { e.replay(e.arm(), func() {}) }},
+		{"message, shared memory", nil, nil, func() {
+			layers(func(i int) client.Layer {
+				return client.Layer{Layer: i, QueryAt: &how.Layers[i].Query, Output: &how.Layers[i].Output}
+			})
+		}},
+		{"message, inline", nil, nil, func() {
+			layers(func(i int) client.Layer { return client.Layer{Layer: i, Query: query} })
+		}},
+	} {
+		b.Run(way.name, func(b *testing.B) {
+			if way.begin != nil {
+				way.begin()
+				defer way.end()
+			}
+			var times []time.Duration
+			b.ReportAllocs()
+			for b.Loop() {
+				start := time.Now()
+				way.step()
+				times = append(times, time.Since(start)/depth)
+			}
+			slices.Sort(times)
+			b.ReportMetric(float64(times[len(times)/2].Nanoseconds()), "p50-ns/layer")
+			b.ReportMetric(float64(times[len(times)*99/100].Nanoseconds()), "p99-ns/layer")
+		})
+	}
+}
+
+// deepEngine has many layers and one token.
+type deepEngine struct {
+	t     testing.TB
+	cache *client.Cache
+	how   client.Arming
+	batch client.Batch
+}
+
+const deepTensor = 8 * 64 * 2 // [1, heads, dim] in half precision
+
+func newDeepEngine(t testing.TB, target string, depth int) *deepEngine {
+	t.Helper()
+	c, err := client.Dial(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if err := c.WaitServing(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const dim, page = 64, 16 * 64 * 2
+	session, err := c.Open(t.Context(), client.OpenOptions{
+		Geometry: client.Geometry{Layers: depth, QueryHeads: 8, KVHeads: 1, KDim: dim, Query: client.F16},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { session.Close() })
+	kv, err := session.NewBuffer(t.Context(), 2*depth*page, client.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tensors, err := session.NewBuffer(t.Context(), 2*depth*deepTensor, client.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := func(buffer *client.Buffer, offset int) client.Location {
+		return client.Location{Buffer: buffer, Offset: offset}
+	}
+	registered := client.CacheSpec{
+		DType: client.F16, PageSize: 16, NumPages: 1, K: client.Strides{Page: page, Head: page, Token: dim * 2},
+	}
+	e := &deepEngine{t: t, batch: client.Batch{Sequences: []client.Sequence{{ID: 1, Len: 1, Table: []int32{0}}}}}
+	for i := range depth {
+		registered.Layers = append(registered.Layers, client.CacheLayer{Layer: i, K: at(kv, 2*i*page), V: at(kv, (2*i+1)*page)})
+		e.how.Layers = append(e.how.Layers, client.ArmedLayer{
+			Layer:  i,
+			Query:  client.Tensor{Location: at(tensors, 2*i*deepTensor)},
+			Output: client.Tensor{Location: at(tensors, (2*i+1)*deepTensor)},
+		})
+	}
+	if e.cache, err = session.RegisterCache(t.Context(), registered); err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+func (e *deepEngine) arm() *client.Armed {
+	a, err := e.cache.Arm(context.Background(), e.batch, e.how)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return a
+}
+
+// replay runs an armed step and calls midway behind its first ring.
+func (e *deepEngine) replay(a *client.Armed, midway func()) {
+	for i := range e.how.Layers {
+		a.Layer(i).Ready()
+		if i == 0 {
+			midway()
+		}
+		if err := a.Layer(i).Wait(context.Background()); err != nil {
+			e.t.Fatal(err)
+		}
+	}
+}
+
+// An armed step allocates the same however many layers it has, on both sides together.
+func TestArmedStepAllocations(t *testing.T) {
+	var perStep [2]float64
+	for i, depth := range []int{2, 34} {
+		e := newDeepEngine(t, serve(t, "").Target(), depth)
+		next := e.arm()
+		step := func() {
+			a := next
+			e.replay(a, func() { next = e.arm() })
+		}
+		for range 50 {
+			step()
+		}
+		perStep[i] = testing.AllocsPerRun(200, step)
+		next.Cancel()
+	}
+	t.Logf("%v allocations in a step of 2 layers, %v in one of 34", perStep[0], perStep[1])
+	if perLayer := (perStep[1] - perStep[0]) / 32; perLayer > 0.25 {
+		t.Errorf("%v allocations a layer", perLayer)
 	}
 }
 

@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"crypto/sha256"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -30,6 +31,9 @@ type Buffer struct {
 	access  Access
 	probe   *Probe
 	data    []byte
+
+	// using is held for reading by what the SDK itself does in data.
+	using sync.RWMutex
 }
 
 // Bytes is the memory of a buffer that NewBuffer made, nil of one that ShareFD lent. It must not be
@@ -165,6 +169,8 @@ func (b *Buffer) usable(s *Session) error {
 }
 
 func (b *Buffer) free() {
+	b.using.Lock()
+	defer b.using.Unlock()
 	if b.data != nil {
 		_ = unix.Munmap(b.data)
 		b.data = nil

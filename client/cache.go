@@ -86,6 +86,9 @@ type Cache struct {
 	lease    *lease // whose daemon has the tables
 	lastStep uint64
 	message  twilightv1.LeaseRequest
+	arming   arming
+
+	steps armedSteps
 }
 
 // ShadowSize is what a cache's shadow takes.
@@ -168,8 +171,21 @@ func (c *Cache) releaseRequest() *twilightv1.LeaseRequest {
 // Shadow is what the cache's shadow takes.
 func (c *Cache) Shadow() ShadowSize { return c.size }
 
-// Close gives the cache's shadow back. Its steps are over.
+// Close gives the cache's shadow back. Its steps are over, armed ones too.
 func (c *Cache) Close(ctx context.Context) error {
+	if err := c.close(ctx); err != nil {
+		return err
+	}
+	select {
+	case c.stepping <- struct{}{}:
+		defer func() { <-c.stepping }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return c.arming.close(ctx)
+}
+
+func (c *Cache) close(ctx context.Context) error {
 	s := c.session
 	unlock, err := s.lockRegistrations(ctx)
 	if err != nil {

@@ -8,9 +8,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,17 +28,24 @@ const daemonPath = "TWILIGHT_TEST_DAEMON"
 
 func TestMain(m *testing.M) {
 	if path := os.Getenv(daemonPath); path != "" {
-		if _, err := inprocess.Start(context.Background(), inprocess.Options{Path: path}); err != nil {
+		term := make(chan os.Signal, 1)
+		signal.Notify(term, syscall.SIGTERM)
+		d, err := inprocess.Start(context.Background(), inprocess.Options{Path: path, DrainGrace: 20 * time.Millisecond})
+		if err == nil {
+			<-term // unless it is killed
+			err = d.Stop(context.Background())
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
-		select {} // until killed
+		os.Exit(0)
 	}
 	goleak.VerifyTestMain(m)
 }
 
 // process starts a daemon in a process of its own.
-func process(t *testing.T, path string) *exec.Cmd {
+func process(t testing.TB, path string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), daemonPath+"="+path)

@@ -35,6 +35,21 @@
 // The engine hands its whole page tables to every step; the SDK remembers what the daemon has and
 // sends what changed.
 //
+// # Armed steps
+//
+// Cache.Arm declares a batch and arms all its layers by one message. After that, engine and daemon meet at
+// words in shared memory, a ring and a wait a layer, without messages:
+//
+//	armed, err := cache.Arm(ctx, client.Batch{Sequences: sequences}, client.Arming{Layers: tensors})
+//	for i := range tensors {
+//		armed.Layer(i).Ready()          // the query, and the tokens' K and V, are in place
+//		err := armed.Layer(i).Wait(ctx) // the output is; or the step failed and is not to be used
+//	}
+//
+// The next step can be armed as soon as its batch is known, while this one runs. Wait ends by itself when
+// the daemon dies, and at the latest after Arming.WaitTimeout; the engine then attends by itself, and arms
+// anew once Arm lets it. A goroutine that waits keeps its thread.
+//
 // # Errors
 //
 // A refused request is an *Error that names the field, the value and the remedy; errors.Is tells its
@@ -54,5 +69,6 @@
 // was sent still runs: after a cancelled Layer with an Output, its buffer is the engine's again once a
 // later request is answered.
 //
-// Nothing runs behind the engine's back but two goroutines a session, which end with Session.Close.
+// Nothing runs behind the engine's back but two goroutines a session, which end with Session.Close, and what
+// tells the daemon that an armed step failed.
 package client

@@ -33,6 +33,26 @@ type Layer struct {
 	// each sequence, 0 for the config's.
 	P           []float32
 	TokenBudget []uint32
+
+	// Observation is what the engine saw of its prefill, sent once with the first message of the layer
+	// after it. Refused where no method of the config takes it.
+	Observation *Observation
+}
+
+// Observation is what the prefill of every sequence of a step saw, for methods that start from it: which
+// parts, their documentation says. The prefill ended before the query's position or, in a layer without a
+// query, with the sequence's last. Tensors are packed, and travel in the message or lie in a buffer.
+type Observation struct {
+	// WindowQueries, or WindowQueriesAt, are the queries of the prefill's last Window positions:
+	// [B, Window, QueryHeads, KDim] of the geometry's query dtype.
+	Window          int
+	WindowQueries   []byte
+	WindowQueriesAt *Location
+	// Mass, or MassAt, is the softmax weight that each position got from all queries of the prefill:
+	// fp32 [B, QueryHeads, MassTokens]. What lies past a sequence's prefill is ignored.
+	MassTokens int
+	Mass       []byte
+	MassAt     *Location
 }
 
 // Tensor is where a tensor [B, heads, dim] lies. Strides are in bytes; 0 means packed.
@@ -168,9 +188,37 @@ func (m *layerMessage) set(s *Step, l *Layer) *twilightv1.LeaseRequest {
 		b.ListMode = twilightv1.ListMode_LIST_MODE_INLINE
 	}
 	b.P, b.TokenBudget, b.ListsOnly = l.P, l.TokenBudget, l.ListsOnly
+	b.Observation = observation(l.Observation)
 	m.layer.Layer = b
 	m.request.Request = &m.layer
 	return &m.request
+}
+
+// observation makes a message that is not reused: observations are rare.
+func observation(o *Observation) *twilightv1.Observation {
+	if o == nil {
+		return nil
+	}
+	m := &twilightv1.Observation{Window: uint32(o.Window), MassTokens: uint32(o.MassTokens)}
+	switch {
+	case o.WindowQueriesAt != nil:
+		m.WindowQueries = &twilightv1.Observation_WindowQueriesAt{WindowQueriesAt: location(o.WindowQueriesAt)}
+	case o.WindowQueries != nil:
+		m.WindowQueries = &twilightv1.Observation_WindowQueriesInline{WindowQueriesInline: o.WindowQueries}
+	}
+	switch {
+	case o.MassAt != nil:
+		m.Mass = &twilightv1.Observation_MassAt{MassAt: location(o.MassAt)}
+	case o.Mass != nil:
+		m.Mass = &twilightv1.Observation_MassInline{MassInline: o.Mass}
+	}
+	return m
+}
+
+func location(l *Location) *twilightv1.Location {
+	m := &twilightv1.Location{}
+	setLocation(m, *l)
+	return m
 }
 
 // clear lets go of the caller's slices.
@@ -178,7 +226,7 @@ func (m *layerMessage) clear() {
 	b := &m.body
 	b.Query, b.OutputTensor, b.ListBuffer = nil, nil, nil
 	b.ListMode = twilightv1.ListMode_LIST_MODE_UNSPECIFIED
-	b.P, b.TokenBudget = nil, nil
+	b.P, b.TokenBudget, b.Observation = nil, nil, nil
 	m.inline.QueryInline = nil
 }
 

@@ -42,8 +42,9 @@ type lease struct {
 	mu     sync.Mutex
 	lastID uint64
 	calls  map[uint64]*call
-	closed bool  // by us
-	err    error // why the stream broke
+	armed  map[armedKey]*Armed // those that no ArmedStepDone came for; nil once the stream broke
+	closed bool                // by us
+	err    error               // why the stream broke
 }
 
 // call is a request in flight.
@@ -91,6 +92,7 @@ func openLease(ctx context.Context, c *Client, req *twilightv1.OpenLeaseRequest)
 		sending:  make(chan struct{}, 1),
 		done:     make(chan struct{}),
 		calls:    make(map[uint64]*call),
+		armed:    make(map[armedKey]*Armed),
 	}
 	service, target := c.service, c.conn.Target()
 	if endpoint := opened.GetEndpoint(); endpoint != "" {
@@ -163,6 +165,10 @@ func (l *lease) receive() {
 			}
 			continue
 		}
+		if done := res.GetArmedStepDone(); done != nil {
+			l.armedDone(done)
+			continue
+		}
 		l.mu.Lock()
 		c := l.calls[res.GetRequestId()]
 		delete(l.calls, res.GetRequestId())
@@ -187,10 +193,13 @@ func (l *lease) fail(err error) {
 	if l.closed {
 		l.err = errClosed
 	}
-	left := l.calls
-	l.calls = nil
+	left, steps := l.calls, l.armed
+	l.calls, l.armed = nil, nil
 	l.mu.Unlock()
 	l.release()
+	for _, a := range steps {
+		a.end(nil, l.err)
+	}
 	for _, c := range left {
 		c.finish(nil, l.err)
 	}
@@ -230,6 +239,21 @@ func (l *lease) start(
 	// An error ends the stream: the receiving goroutine learns it too, and tells this call.
 	_ = l.stream.Send(req)
 	return c, nil
+}
+
+// post sends a request whose answer nobody waits for.
+func (l *lease) post(req *twilightv1.LeaseRequest) {
+	select {
+	case l.sending <- struct{}{}:
+		defer func() { <-l.sending }()
+	case <-l.done:
+		return
+	}
+	l.mu.Lock()
+	l.lastID++
+	req.RequestId = l.lastID
+	l.mu.Unlock()
+	_ = l.stream.Send(req)
 }
 
 // do sends a request and waits for its answer.

@@ -105,6 +105,18 @@ func (c *Cache) Step(ctx context.Context, b Batch) (*Step, error) {
 
 // startStep sends a step, which releases c.stepping once its outcome is known.
 func (c *Cache) startStep(ctx context.Context, b *Batch) (*call, *Step, error) {
+	l, m, err := c.buildStep(b)
+	if err != nil {
+		return nil, nil, err
+	}
+	m.Armed, m.Device = nil, nil
+	step := &Step{cache: c, lease: l, id: m.GetStepId()}
+	call, err := c.sendStep(ctx, l, m, nil)
+	return call, step, err
+}
+
+// buildStep packs a batch for the lease that is there. The message is the cache's own.
+func (c *Cache) buildStep(b *Batch) (*lease, *twilightv1.Step, error) {
 	l, err := c.session.current()
 	if err != nil {
 		return nil, nil, err
@@ -112,28 +124,40 @@ func (c *Cache) startStep(ctx context.Context, b *Batch) (*call, *Step, error) {
 	if c.lease != l {
 		c.tables.forget()
 		c.lease = l
+		c.arming.known = false
 	}
 	m, err := c.tables.build(b)
 	if err != nil {
 		return nil, nil, err
 	}
-	c.lastStep++
+	if c.lastStep++; uint32(c.lastStep) == 0 { // which no word may hold
+		c.lastStep++
+	}
 	m.CacheId, m.StepId = c.id, c.lastStep
+	return l, m, nil
+}
+
+// sendStep sends a step. Once its outcome is known, refused, if not nil, hears of an error.
+func (c *Cache) sendStep(ctx context.Context, l *lease, m *twilightv1.Step, refused func(error)) (*call, error) {
 	c.message.Request = &twilightv1.LeaseRequest_Step{Step: m}
-	step := &Step{cache: c, lease: l, id: c.lastStep}
-	call, err := l.start(ctx, &c.message, func(_ *twilightv1.LeaseResponse, err error) {
+	return l.start(ctx, &c.message, func(_ *twilightv1.LeaseResponse, err error) {
 		if err == nil {
 			c.tables.commit()
+		} else if refused != nil {
+			refused(err)
 		}
 		<-c.stepping
 	})
-	return call, step, err
 }
 
 // Cancel tells the daemon that no layer of the step follows. What it has indexed stays right.
 func (s *Step) Cancel(ctx context.Context) error {
-	_, err := s.lease.do(ctx, &twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_CancelStep{
-		CancelStep: &twilightv1.CancelStep{CacheId: s.cache.id, StepId: s.id},
-	}})
+	_, err := s.lease.do(ctx, cancelRequest(s.cache.id, s.id))
 	return err
+}
+
+func cancelRequest(cacheID uint32, stepID uint64) *twilightv1.LeaseRequest {
+	return &twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_CancelStep{
+		CancelStep: &twilightv1.CancelStep{CacheId: cacheID, StepId: stepID},
+	}}
 }

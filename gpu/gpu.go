@@ -5,7 +5,7 @@
 // What is wrong with a request is a *fault.Error, whose field is named as in proto/twilight/v1.
 //
 // A Device serves many leases at once. A Lease and what hangs on it serve one caller at a time, except
-// Close, which may come at any moment and waits for what runs.
+// Close and CancelArmed, which may come at any moment. Armed steps run beside all that.
 package gpu
 
 import (
@@ -136,8 +136,8 @@ type Memory interface {
 	// Digest returns the SHA-256 of length bytes at offset, as the device reads them.
 	Digest(ctx context.Context, offset uint64, length uint32) ([32]byte, error)
 
-	// Release unmaps the memory once nothing runs on it. It fails with fault.Precondition while a cache lies in
-	// it.
+	// Release unmaps the memory once nothing runs on it. It fails with fault.Precondition while a cache lies
+	// in it or an armed step uses it.
 	Release() error
 }
 
@@ -157,8 +157,8 @@ type CacheSpec struct {
 	K, V               Strides
 	NullPage           int32 // -1: none
 	Layers             []CacheLayer
-	// MaxTokens bounds the tokens of all live sequences where PageSize is no multiple of 16; 0 means
-	// NumPages*PageSize.
+	// MaxTokens bounds the tokens of all live sequences where PageSize is no multiple of 16, or where
+	// methods remember something of each sequence; 0 means NumPages*PageSize.
 	MaxTokens int
 }
 
@@ -173,7 +173,8 @@ type CacheLayer struct {
 type Cache interface {
 	ShadowBytes() uint64
 
-	// Step makes the batch the current one. A refused step leaves the previous one current.
+	// Step makes the batch the current one. A refused step leaves the previous one current. While steps are
+	// armed, Step, Index and Layer fail with fault.Precondition.
 	Step(ctx context.Context, step *kv.Step) error
 
 	// Index indexes what the current step made new in all layers.
@@ -183,8 +184,80 @@ type Cache interface {
 	// overwritten; its slices are reused.
 	Layer(ctx context.Context, req *LayerRequest, res *LayerResult) error
 
-	// Close waits for running work and frees the shadow. It may be called twice.
+	// Arm declares a batch whose layers meet the engine at words, by proto/twilight/v1/ARMED.md. It can be
+	// armed while another step runs, and begins after that. A refused step changes nothing. The step is
+	// the caller's again once Arm returns, but for Done.
+	Arm(ctx context.Context, step *ArmedStep) error
+
+	// CancelArmed fails an armed step, and those behind it, with fault.Cancelled. It does not wait; a step
+	// that is not armed, or not any more, is none of its business.
+	CancelArmed(id uint32)
+
+	// Close waits for running work, fails what is armed with fault.Unavailable, and frees the shadow. It may
+	// be called twice.
 	Close() error
+}
+
+// The bounds of ArmedStep.WaitTimeout.
+const (
+	DefaultWaitTimeout = 5 * time.Second
+	MaxWaitTimeout     = time.Minute
+)
+
+// MaxArmed is how many steps of a cache can be armed at a time: one that runs and one behind it.
+const MaxArmed = 2
+
+// ArmedStep is a step whose layers meet the engine at words, 32 bits each, in writable memory.
+type ArmedStep struct {
+	// ID is what the word Begun holds once the step has begun: not 0, and another in each step.
+	ID            uint32
+	Begun, Status Span
+	// Step is the batch; Batch, in its place, tells where it will lie when the step begins. Behind a step
+	// with a Batch only another can be armed.
+	Step  *kv.Step
+	Batch *DeviceBatch
+	// Layers are in the order in which they run, each at most once.
+	Layers []ArmedLayer
+	// WaitTimeout bounds the device's wait for any one word; 0 means DefaultWaitTimeout.
+	WaitTimeout time.Duration
+	// Done is called once, when the device has let go of the words and tensors of a step that was armed.
+	// Later steps wait for its return. It must not call the lease or what hangs on it.
+	Done func(*ArmedResult)
+}
+
+// DeviceBatch is a batch of anonymous rows that lies in memory. A row that fails its checks is void, with
+// pipeline.BadRow; a slot that does fails the step.
+type DeviceBatch struct {
+	Rows    int
+	Lengths Span // int32 [Rows]
+	// Table is int32 [Rows, TableStride]: the page ids of each row.
+	Table       Span
+	TableStride int
+	// Slots is int64 [NumSlots]: the slots written since the last step, -1 for padding.
+	Slots    Span
+	NumSlots int
+	// FirstValid is int32 [Rows], or of no Memory: 0.
+	FirstValid Span
+	// MaxLength bounds the lengths.
+	MaxLength int
+}
+
+// ArmedLayer is a layer of an ArmedStep. Query and output lie in memory.
+type ArmedLayer struct {
+	Layer       int
+	Ready, Done Span
+	Query       Tensor
+	Output      Tensor
+	ListBuffer  *ListBuffer
+}
+
+// ArmedResult is what became of an armed step. It is valid until Done returns.
+type ArmedResult struct {
+	ID uint32
+	// Err is why the step failed.
+	Err error
+	// Layers are those that were done, in order, without lists and outputs.
+	Layers []LayerResult
 }
 
 // Tensor is [B, heads, dim] in imported memory or, with a nil Memory, packed in Inline. Zero strides
@@ -217,6 +290,22 @@ type LayerRequest struct {
 	// P and TokenBudget are nil, or per sequence; 0 keeps the config's.
 	P           []float32
 	TokenBudget []uint32
+	// Observation is what the engine saw of its prefill, which ended before the query's position or,
+	// without a query, with the last one; nil without.
+	Observation *Observation
+}
+
+// Observation is what the prefill of every row of the step saw, for methods that start from it. Tensors
+// are packed. A part may be absent: nil, and of no length.
+type Observation struct {
+	// WindowQueries are the queries of the prefill's last Window positions, [B, Window, Hq, KDim] of the
+	// query dtype.
+	WindowQueries *Tensor
+	Window        int
+	// Mass is the softmax weight that each position got from all queries of the prefill, fp32
+	// [B, Hq, MassTokens]. What lies behind a row's prefill is ignored.
+	Mass       *Tensor
+	MassTokens int
 }
 
 // LayerResult is a layer's answer. Columns of R are ordered by sequence, then head.

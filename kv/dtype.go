@@ -3,9 +3,9 @@ package kv
 import (
 	"encoding/binary"
 	"math"
-	"unsafe"
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/internal/simd"
 )
 
 // DType is the type of stored elements. Elements are little-endian and need no alignment.
@@ -23,7 +23,10 @@ const (
 var dtypes = [...]struct {
 	name string
 	size int
-}{F32: {"fp32", 4}, F16: {"fp16", 2}, BF16: {"bf16", 2}, F8E4M3: {"fp8", 1}}
+	simd simd.Type
+}{
+	F32: {"fp32", 4, simd.F32}, F16: {"fp16", 2, simd.F16}, BF16: {"bf16", 2, simd.BF16}, F8E4M3: {"fp8", 1, simd.F8},
+}
 
 // ParseDType reads the name of a type: fp32, fp16, bf16 or fp8, also spelt f32, f16 and e4m3.
 func ParseDType(s string) (DType, error) {
@@ -61,18 +64,8 @@ func (t DType) String() string {
 // Decode converts the first len(dst) elements of src, exactly. It panics if src is shorter, and does
 // nothing if t is not valid.
 func (t DType) Decode(dst []float32, src []byte) {
-	src = src[:len(dst)*t.Size()]
-	switch t {
-	case F32:
-		decodeF32(dst, src)
-	case F16:
-		n := decodeLots(t, dst, src)
-		decodeF16(dst[n:], src[2*n:])
-	case BF16:
-		n := decodeLots(t, dst, src)
-		decodeBF16(dst[n:], src[2*n:])
-	case F8E4M3:
-		decodeF8(dst, src)
+	if t.Valid() {
+		simd.Decode(dtypes[t].simd, dst, src)
 	}
 }
 
@@ -99,92 +92,6 @@ func (t DType) Encode(dst []byte, src []float32) {
 			dst[i] = encodeF8(f)
 		}
 	}
-}
-
-var littleEndian = binary.NativeEndian.Uint16([]byte{1, 0}) == 1
-
-// decodeF32 is a copy where it can be: ten times the speed of the loop.
-func decodeF32(dst []float32, src []byte) {
-	if littleEndian {
-		copy(unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(dst))), 4*len(dst)), src)
-		return
-	}
-	for i := range dst {
-		dst[i] = math.Float32frombits(binary.LittleEndian.Uint32(src[4*i:]))
-	}
-}
-
-// decodeF16 looks every value up, which beats computing it threefold. Loading several at once gains as
-// much again, here and in decodeBF16.
-func decodeF16(dst []float32, src []byte) {
-	table := f16Table
-	for len(dst) >= 4 && len(src) >= 8 {
-		v := binary.LittleEndian.Uint64(src)
-		dst[0] = table[uint16(v)]
-		dst[1] = table[uint16(v>>16)]
-		dst[2] = table[uint16(v>>32)]
-		dst[3] = table[uint16(v>>48)]
-		dst, src = dst[4:], src[8:]
-	}
-	for i := range dst {
-		dst[i] = table[binary.LittleEndian.Uint16(src[2*i:])]
-	}
-}
-
-func decodeBF16(dst []float32, src []byte) {
-	for len(dst) >= 4 && len(src) >= 8 {
-		v := binary.LittleEndian.Uint64(src)
-		dst[0] = math.Float32frombits(uint32(v) << 16)
-		dst[1] = math.Float32frombits(uint32(v) & 0xffff0000)
-		dst[2] = math.Float32frombits(uint32(v>>32) << 16)
-		dst[3] = math.Float32frombits(uint32(v>>32) & 0xffff0000)
-		dst, src = dst[4:], src[8:]
-	}
-	for i := range dst {
-		dst[i] = math.Float32frombits(uint32(binary.LittleEndian.Uint16(src[2*i:])) << 16)
-	}
-}
-
-func decodeF8(dst []float32, src []byte) {
-	table := f8Table
-	dst = dst[:len(src)]
-	for i, b := range src {
-		dst[i] = table[b]
-	}
-}
-
-// The tables hold every value: 256 KiB, of which real keys touch a part, and 1 KiB.
-var (
-	f16Table = tabulateF16()
-	f8Table  = tabulateF8()
-)
-
-func tabulateF16() *[1 << 16]float32 {
-	var t [1 << 16]float32
-	for i := range t {
-		h := uint32(i)
-		// Moved into float32's place, the exponent lacks the difference of the biases, 127-15;
-		// multiplying by its power of two supplies it, to subnormals as well.
-		bits := math.Float32bits(math.Float32frombits((h&0x7fff)<<13) * 0x1p112)
-		if h&0x7c00 == 0x7c00 {
-			bits |= 0x7f800000
-		}
-		t[i] = math.Float32frombits(bits | (h&0x8000)<<16)
-	}
-	return &t
-}
-
-func tabulateF8() *[1 << 8]float32 {
-	var t [1 << 8]float32
-	for i := range t {
-		h := uint32(i)
-		bits := math.Float32bits(math.Float32frombits((h&0x7f)<<20) * 0x1p120)
-		if h&0x7f == 0x7f {
-			bits = 0x7fc00000
-		}
-		t[i] = math.Float32frombits(bits | (h&0x80)<<24)
-	}
-	return &t
 }
 
 // encodeF16 rounds normal values by adding just under half of what is cut off, or half if the last

@@ -123,30 +123,6 @@ func TestEveryCode(t *testing.T) {
 	}
 }
 
-// TestEveryWay decodes all codes by each way there is.
-func TestEveryWay(t *testing.T) {
-	t.Parallel()
-	for dtype, ways := range map[DType][]func([]float32, []byte){
-		F16:    {F16.Decode, decodeF16},
-		BF16:   {BF16.Decode, decodeBF16},
-		F8E4M3: {F8E4M3.Decode, decodeF8},
-	} {
-		var codes []byte
-		for code := range 1 << (8 * dtype.Size()) {
-			codes = append(codes, binary.LittleEndian.AppendUint32(nil, uint32(code))[:dtype.Size()]...)
-		}
-		got := make([]float32, 1<<(8*dtype.Size()))
-		for i, decode := range ways {
-			decode(got, codes)
-			for code, x := range got {
-				if want := formats[dtype].value(code); !sameFloat(x, want) {
-					t.Fatalf("%v, way %d: code %#x decodes to %v, want %v", dtype, i, code, x, want)
-				}
-			}
-		}
-	}
-}
-
 // TestEveryTie encodes the points halfway between neighbouring values, and the floats next to them.
 func TestEveryTie(t *testing.T) {
 	t.Parallel()

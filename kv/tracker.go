@@ -172,6 +172,12 @@ func (t *Tracker) Step(s *Step) error {
 	return nil
 }
 
+// Check tells whether Step would accept s now, and changes nothing.
+func (t *Tracker) Check(s *Step) error {
+	defer t.planner.reset()
+	return t.plan(s)
+}
+
 // Pending appends to dst what a layer, by its index in the cache, has to index for the current batch,
 // each chunk id once, and books it as done: if it is not, Invalidate the layer. It looks at the chunks
 // that are new or not yet full; at all of them only after a sequence changed tokens of another.

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/registry"
 	"github.com/twilight-sidecar/twilight/pruner"
@@ -21,7 +22,7 @@ import (
 // used.
 type Config struct {
 	// Compressor shrinks the cache after the prefill.
-	Compressor Stage[Compressor] `json:"compressor"`
+	Compressor Stage[compressor.Config] `json:"compressor"`
 	// Selector picks the candidates, a generous set of tokens whose attention may matter.
 	Selector Stage[selector.Config] `json:"selector"`
 	// Estimator guesses the candidates' attention logits.
@@ -96,17 +97,11 @@ func (Group) Values() []string { return []string{string(Union), string(PerQueryH
 func (POver) Values() []string { return []string{string(OverCandidates), string(OverAll)} }
 
 // Stage is a method that a config chose.
-type Stage[C interface{ Validate() error }] struct {
-	Type   string // the method's name, aliases resolved
-	Config C
-}
-
-// Compressor is the configuration of a method that shrinks the cache after the prefill.
-type Compressor interface{ Validate() error }
+type Stage[C interface{ Validate() error }] = registry.Stage[C]
 
 // Methods are what a config can choose from.
 type Methods struct {
-	Compressors *registry.Registry[Compressor]
+	Compressors *registry.Registry[compressor.Config]
 	Selectors   *registry.Registry[selector.Config]
 	Estimators  *registry.Registry[pruner.EstimatorConfig]
 	Pruners     *registry.Registry[pruner.Config]
@@ -150,13 +145,13 @@ func (m *Methods) Parse(data []byte) (*Config, error) {
 	}
 	c := newConfig()
 	stages := map[string]func(json.RawMessage) error{
-		"compressor":       func(data json.RawMessage) error { return c.Compressor.parse(data, m.Compressors) },
-		"selector":         func(data json.RawMessage) error { return c.Selector.parse(data, m.Selectors) },
-		"weight_estimator": func(data json.RawMessage) error { return c.Estimator.parse(data, m.Estimators) },
-		"weight_pruner":    func(data json.RawMessage) error { return c.Pruner.parse(data, m.Pruners) },
+		"compressor":       func(data json.RawMessage) error { return parse(&c.Compressor, data, m.Compressors) },
+		"selector":         func(data json.RawMessage) error { return parse(&c.Selector, data, m.Selectors) },
+		"weight_estimator": func(data json.RawMessage) error { return parse(&c.Estimator, data, m.Estimators) },
+		"weight_pruner":    func(data json.RawMessage) error { return parse(&c.Pruner, data, m.Pruners) },
 	}
-	for key, parse := range stages {
-		if err := parse(json.RawMessage(`{"type": "` + none + `"}`)); err != nil {
+	for key, stage := range stages {
+		if err := stage(json.RawMessage(`{"type": "` + none + `"}`)); err != nil {
 			return nil, fault.In(key, err)
 		}
 	}
@@ -181,6 +176,10 @@ func (c *Config) Validate() error {
 	faults.add("weight_estimator", c.Estimator.Config.Validate())
 	faults.add("weight_pruner", c.Pruner.Config.Validate())
 	if c.Coverage > 0 && len(faults) == 0 {
+		if c.Compressor.Type != none {
+			faults.add("coverage", fault.Newf(fault.Unsupported, "",
+				"coverage takes whole chunks, of which compressor %q drops tokens: leave one of them out", c.Compressor.Type))
+		}
 		if _, ranks := c.Selector.Config.New().(selector.Ranker); !ranks {
 			faults.add("coverage", fault.Newf(fault.Unsupported, "",
 				"coverage takes tokens by their scores, but selector %q gives none: choose another, or leave coverage out",
@@ -221,7 +220,10 @@ func (c *Config) ownFaults() error {
 	return faults.err()
 }
 
-func (s *Stage[C]) parse(data json.RawMessage, methods *registry.Registry[C]) error {
+// parse reads a stage, and what it wraps; around are the types that wrap it.
+func parse[C interface{ Validate() error }](
+	s *Stage[C], data json.RawMessage, methods *registry.Registry[C], around ...string,
+) error {
 	if data[0] != '{' {
 		return fault.Newf(fault.Invalid, "", "value is %s, expected an object with the key type", clip(data))
 	}
@@ -249,11 +251,27 @@ func (s *Stage[C]) parse(data json.RawMessage, methods *registry.Registry[C]) er
 		faults.add("", unknown)
 		return faults.err()
 	}
+	if slices.Contains(around, method.Type) {
+		faults.add("type", fault.Newf(fault.Invalid, "", "%q wraps itself: name another selector", method.Type))
+		return faults.err()
+	}
 	s.Type, s.Config = method.Type, method.Default()
-	faults.add("", assign(s.Config, list, map[string]func(json.RawMessage) error{
+	special := map[string]func(json.RawMessage) error{
 		"type": func(json.RawMessage) error { return nil }, // is done
-	}))
-	faults.add("", outOfRange(s.Config, method.Default()))
+	}
+	lost := false // what it wraps
+	if wrapper, ok := any(s.Config).(selector.Wrapper); ok {
+		special["selector"] = func(data json.RawMessage) error {
+			selectors := any(methods).(*registry.Registry[selector.Config])
+			err := parse(wrapper.Wraps(), data, selectors, append(around, s.Type)...)
+			lost = wrapper.Wraps().Config == nil
+			return err
+		}
+	}
+	faults.add("", assign(s.Config, list, special))
+	if !lost {
+		faults.add("", outOfRange(s.Config, method.Default()))
+	}
 	return faults.err()
 }
 
@@ -293,22 +311,4 @@ func outOfRange[C interface{ Validate() error }](config, defaults C) error {
 			value.Set(unset)
 		}
 	}
-}
-
-// MarshalJSON writes the method's keys behind its type, as Twilight has them.
-func (s Stage[C]) MarshalJSON() ([]byte, error) {
-	name, err := json.Marshal(s.Type)
-	if err != nil {
-		return nil, err
-	}
-	keys, err := json.Marshal(s.Config)
-	if err != nil {
-		return nil, err
-	}
-	if string(keys) != "{}" {
-		keys = append([]byte(","), keys[1:]...)
-	} else {
-		keys = keys[1:]
-	}
-	return append(append([]byte(`{"type":`), name...), keys...), nil
 }

@@ -90,6 +90,10 @@ func TestParse(t *testing.T) {
 		"case and alias of types": {`{"selector": {"type": "FULL"}, "weight_estimator": {"type": "Min_Max_Quant"}, "weight_pruner": {"type": "TOP_P"}}`, `{` + noCompressor + `
 			"selector": {"type": "none"}, "weight_estimator": {"type": "min_max_quant", "quant_bit": 4, "equalize": true},
 			"weight_pruner": {"type": "top_p", "threshold": 0.85` + noLimits + `}, ` + skip + rest},
+		"wrapped": {`{"selector": {"type": "PyramidKV", "num_layers": 9, "selector": {"token_budget": 7, "type": "H2O"}}}`, `{` + noCompressor + `
+			"selector": {"type": "pyramidkv", "selector": {"type": "h2o", "token_budget": 7, "sparsity_rate": -1, "recent_share": 0.5},
+			"token_budget": 8192, "sparsity_rate": -1, "beta": 20, "num_layers": 9},
+			"weight_estimator": {"type": "none"}, "weight_pruner": {"type": "none"}, ` + skip + rest},
 		"all keys": {`{"skip_first_two_layers": false, "use_estimated_weights_in_attn": true, "group": "per_query_head",
 			"pin_first_chunk": false, "pin_current_chunk": false, "dense_below": 512, "p_over": "all",
 			"coverage": 0.97, "coverage_floor": 256, "coverage_ceiling": 4096,
@@ -159,7 +163,7 @@ func TestParseRefuses(t *testing.T) {
 		"misspelt alias":      {`{"selector": {"type": "ful"}}`, "selector.type", `did you mean "full"?`, fault.Unsupported},
 		"unknown estimator":   {`{"weight_estimator": {"type": "h_threshold"}}`, "weight_estimator.type", `available: max_quant, min_max_quant, none`, fault.Unsupported},
 		"unknown pruner":      {`{"weight_pruner": {"type": "h_threshold"}}`, "weight_pruner.type", `available: none, threshold, top_p`, fault.Unsupported},
-		"snap_kv":             {`{"compressor": {"type": "snap_kv", "window_size": 64}}`, "compressor.type", `compressor type "snap_kv" is not available; available: none`, fault.Unsupported},
+		"unknown compressor":  {`{"compressor": {"type": "squeeze"}}`, "compressor.type", `compressor type "squeeze" is not available; available: none, snap_kv`, fault.Unsupported},
 		"string for a number": {`{"weight_pruner": {"type": "top_p", "threshold": "0.9"}}`, "weight_pruner.threshold", "expected a number", fault.Invalid},
 		"fraction":            {`{"selector": {"type": "quest", "token_budget": 10.5}}`, "selector.token_budget", "expected an integer", fault.Invalid},
 		"beyond int64":        {`{"dense_below": 99999999999999999999}`, "dense_below", "expected an integer", fault.Invalid},
@@ -167,6 +171,15 @@ func TestParseRefuses(t *testing.T) {
 		"list for an object":  {`{"selector": {"type": "ds", "channels": []}}`, "selector.channels", "expected an object", fault.Invalid},
 		"null":                {`{"group": null}`, "group", "expected a string", fault.Invalid},
 		"object for a number": {`{"dense_below": {}}`, "dense_below", "expected an integer", fault.Invalid},
+
+		"wraps nothing":       {`{"selector": {"type": "pyramidkv", "num_layers": 9}}`, "selector.selector", "missing", fault.Invalid},
+		"wraps no stage":      {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": "quest"}}`, "selector.selector", "expected an object", fault.Invalid},
+		"wraps the unknown":   {`{"selector": {"type": "pyramidkv", "selector": {"type": "seer"}}}`, "selector.selector.type", "not available", fault.Unsupported},
+		"wraps itself":        {`{"selector": {"type": "pyramidkv", "selector": {"type": "PyramidKV"}}}`, "selector.selector.type", "wraps itself", fault.Invalid},
+		"wraps all tokens":    {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": {"type": "none"}}}`, "selector.selector.type", "no token_budget", fault.Invalid},
+		"unknown key there":   {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": {"type": "quest", "budget": 1}}}`, "selector.selector.budget", "known here: type, token_budget", fault.Invalid},
+		"bad value there":     {`{"selector": {"type": "pyramidkv", "num_layers": 9, "selector": {"type": "quest", "chunk_size": 3}}}`, "selector.selector.chunk_size", "multiple of 16", fault.Invalid},
+		"compressed coverage": {`{"coverage": 0.9, "selector": {"type": "quest"}, "compressor": {"type": "snap_kv"}}`, "coverage", `compressor "snap_kv" drops tokens`, fault.Unsupported},
 
 		"group":         {`{"group": "per_head"}`, "group", `"per_head", expected "union" or "per_query_head"`, fault.Invalid},
 		"p_over":        {`{"p_over": ""}`, "p_over", `expected "candidates" or "all"`, fault.Invalid},
@@ -258,7 +271,8 @@ func FuzzParseConfig(f *testing.F) {
 		`{"weight_pruner":{"type":"threshold","threshold":1e-320}}`, `{"group":"union","group":1}`, `{"a":[{"b":[]}]}`,
 		`{"weight_pruner":{"type":"top_p","threshold_by_layer":{"0":1},"threshold_by_head":{"1":[0.5, 1]},"max_budget":9}}`,
 		`{"coverage":0.9,"coverage_ceiling":600,"selector":{"type":"quest"}}`, `{"weight_pruner":{"type":"threshold","threshold_by_head":[]}}`,
-		`{"selector":{"type":"quest","sparsity_rate":0.1,"chunk_size":32},"skip_first_two_layers":null}`, `{} x`, "\xff{\"\xff\":0}",
+		`{"selector":{"type":"quest","sparsity_rate":0.1,"chunk_size":32},"skip_first_two_layers":null}`, `{} x`,
+		`{"selector":{"type":"pyramidkv","num_layers":2,"selector":{"type":"h2o"}},"compressor":{"type":"snap_kv"}}`, "\xff{\"\xff\":0}",
 	} {
 		f.Add([]byte(seed))
 	}

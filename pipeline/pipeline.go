@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/selector"
 )
 
 // Path is how a row was computed.
@@ -44,8 +45,16 @@ type Row struct {
 	// names none.
 	SelectorRecords, EstimatorRecords kv.Records
 
+	// Carry has an entry for each list, if Pipeline.Needs asks for it: empty when the row's step begins,
+	// and handed from layer to layer.
+	Carry []selector.Carry
+	// State is the row's own, if Pipeline.Needs asks for one. Step tells the steps of a State apart.
+	State *State
+	Step  uint64
+
 	P           float32 // overrides the pruner's share if > 0
 	TokenBudget int     // overrides the selector's budget, and coverage, if > 0
+	Budgets     []int   // by list, from Pipeline.Share; override TokenBudget if not nil
 	ListsOnly   bool    // leave Result.Output unset
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/attention"
+	"github.com/twilight-sidecar/twilight/compressor"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pruner"
@@ -18,10 +19,12 @@ import (
 type Pipeline struct {
 	config      Config
 	geometry    kv.Geometry
+	compressor  compressor.Compressor // nil for none
 	selector    selector.Selector
 	estimator   pruner.Estimator
 	pruner      pruner.Pruner
-	least, most int // tokens of a list; most is 0 for no limit
+	least, most int  // tokens of a list; most is 0 for no limit
+	scores      bool // the selector looks at those of a State
 }
 
 // New makes a pipeline. A config out of range is a *fault.Error.
@@ -30,12 +33,14 @@ func New(cfg *Config, g *kv.Geometry) (*Pipeline, error) {
 		return nil, err
 	}
 	p := &Pipeline{
-		config:    *cfg,
-		geometry:  *g,
-		selector:  cfg.Selector.Config.New(),
-		estimator: cfg.Estimator.Config.New(),
-		pruner:    cfg.Pruner.Config.New(),
+		config:     *cfg,
+		geometry:   *g,
+		compressor: cfg.Compressor.Config.New(),
+		selector:   cfg.Selector.Config.New(),
+		estimator:  cfg.Estimator.Config.New(),
+		pruner:     cfg.Pruner.Config.New(),
 	}
+	p.scores = selector.NeedsOf(p.selector).Scores
 	if limiter, ok := p.pruner.(pruner.Limiter); ok {
 		p.least, p.most = limiter.Budget()
 	}
@@ -70,6 +75,8 @@ func (p *Pipeline) skips(layer int) bool { return p.config.SkipFirstTwoLayers &&
 // Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
 // goroutine and one Pipeline.
 type Scratch struct {
+	compressor compressor.Row
+	windows    matrix // scaled queries of a prompt's end, [G][window*KDim]
 	selector   selector.Row
 	estimator  pruner.Row
 	pruner     pruner.Candidates
@@ -110,6 +117,7 @@ func (m *matrix) shape(rows, columns int) [][]float32 {
 func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	p.prepare(s, row, res)
 	res.Path, res.Reason = Sparse, 0
+	p.open(row)
 	if reason := p.denseReason(row); reason != 0 {
 		p.dense(s, row, res, reason)
 		return
@@ -121,6 +129,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 	}
 	for from := 0; from < heads; from += step {
 		if !p.sparse(s, row, res, from, from+step) {
+			p.gainNothing(row)
 			p.dense(s, row, res, NotFinite)
 			return
 		}
@@ -131,7 +140,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 func (p *Pipeline) denseReason(row *Row) Reason {
 	c := &p.config
 	switch {
-	case c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
+	case c.Compressor.Type == none && c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
 		return Configured
 	case p.skips(row.Layer):
 		return SkippedLayer
@@ -144,10 +153,7 @@ func (p *Pipeline) denseReason(row *Row) Reason {
 // prepare sizes the result and tells the stages about the row.
 func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	g := &p.geometry
-	heads, lists := g.Group(), 1
-	if p.config.Group == PerQueryHead {
-		lists = heads
-	}
+	heads, lists := g.Group(), p.lists()
 	res.lists = slices.Grow(res.lists[:0], lists)[:lists]
 	res.Kept = slices.Grow(res.Kept[:0], lists)[:lists]
 	res.Candidates = slices.Grow(res.Candidates[:0], lists)[:lists]
@@ -159,8 +165,21 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	}
 	res.Lists, res.Timing = nil, Timing{}
 	res.TrueMass, res.OutputError = res.TrueMass[:0], res.OutputError[:0]
+	p.ask(s, row)
+	s.estimator = pruner.Row{
+		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
+	}
+	s.attended = attention.Row{Queries: s.scaled.rows, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
+	if g.Sinks != nil {
+		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
+	}
+}
 
-	queries := s.scaled.shape(heads, g.KDim)
+// ask scales the queries and tells the selector about the row.
+func (p *Pipeline) ask(s *Scratch, row *Row) {
+	g := &p.geometry
+	heads := g.Group()
+	s.scaled.shape(heads, g.KDim)
 	vek32.MulNumber_Into(s.scaled.flat, row.Queries[:heads*g.KDim], g.Scale)
 	s.selector = selector.Row{
 		Layer: row.Layer, Head: row.KVHead,
@@ -172,13 +191,6 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	}
 	if p.covers(row) {
 		s.selector.TokenBudget = max(1, p.config.CoverageFloor)
-	}
-	s.estimator = pruner.Row{
-		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
-	}
-	s.attended = attention.Row{Queries: queries, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
-	if g.Sinks != nil {
-		s.attended.Sinks = g.Sinks[row.KVHead*heads:][:heads]
 	}
 }
 
@@ -204,8 +216,8 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	start := time.Now()
 	queries := s.scaled.rows[from:to]
 	s.selector.Queries, s.estimator.Queries = queries, queries
-	s.selector.Ranking.Reset()
-	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	list := from / len(queries)
+	p.candidates(s, row, list)
 	s.cover.begin(&s.selector, p.geometry.Softcap)
 	selected := time.Now()
 	res.Timing.Select += selected.Sub(start)
@@ -213,13 +225,15 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 	if !p.estimate(s, row) {
 		return false
 	}
-	list := from / len(queries)
 	coverage := res.Coverage[from:to]
 	for h := range queries {
 		coverage[h] = p.prune(s, row, h, row.KVHead*p.geometry.Group()+from+h)
 	}
 	p.limit(s)
 	res.lists[list] = s.list(res.lists[list][:0], res.Mass[from:to], coverage)
+	if p.scores {
+		row.State.lists[list].gain(res.lists[list], s.kept, s.weights.rows)
+	}
 	res.Candidates[list], res.Kept[list] = len(s.candidates), len(res.lists[list])
 	pruned := time.Now()
 	res.Timing.Prune += pruned.Sub(selected)
@@ -229,6 +243,29 @@ func (p *Pipeline) sparse(s *Scratch, row *Row, res *Result, from, to int) (fini
 		res.Timing.Attend += time.Since(pruned)
 	}
 	return true
+}
+
+// candidates selects those of a list, of what the compressor left.
+func (p *Pipeline) candidates(s *Scratch, row *Row, list int) {
+	if row.Budgets != nil {
+		s.selector.TokenBudget = row.Budgets[list]
+	}
+	if row.Carry != nil {
+		s.selector.Carry = &row.Carry[list]
+	}
+	if p.scores {
+		s.selector.Scores = row.State.lists[list].scores[:row.Len]
+	}
+	s.selector.Ranking.Reset()
+	s.candidates = p.selector.Select(s.candidates[:0], &s.selector)
+	if p.compressor == nil {
+		return
+	}
+	selected := len(s.candidates)
+	s.candidates = row.State.within(s.candidates, list, row.Len)
+	if len(s.candidates) < selected {
+		s.selector.Ranking.Reset() // it is of whole chunks
+	}
 }
 
 // estimate fills the logits, softcapped, and the weights of the candidates, and of these it takes more if

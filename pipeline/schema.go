@@ -6,6 +6,7 @@ import (
 	"reflect"
 
 	"github.com/twilight-sidecar/twilight/internal/registry"
+	"github.com/twilight-sidecar/twilight/selector"
 )
 
 // Describe says in words what a field of a config's struct is or, for the field "", what the method is
@@ -47,6 +48,10 @@ func stageSchema[C any](methods *registry.Registry[C], describe Describe) object
 		choice["description"] = describe(reflect.TypeOf(config).Elem(), "")
 		choice["properties"].(object)["type"] = object{"enum": append([]string{name}, method.Aliases...)}
 		choice["required"] = append(choice["required"].([]string), "type")
+		if _, ok := any(config).(selector.Wrapper); ok {
+			choice["properties"].(object)["selector"].(object)["$ref"] = "#/properties/selector"
+			choice["required"] = append(choice["required"].([]string), "selector")
+		}
 		choices = append(choices, choice)
 	}
 	return object{"oneOf": choices, "default": object{"type": none}}

@@ -1,6 +1,7 @@
 package selector
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -9,14 +10,25 @@ import (
 // Inline puts into a Twilight config what a file holds that its selector names, as a daemon never opens a
 // file for an engine: clients call it, by way of the methods, before they send a config. If the config's
 // selector is of the given type and names a file under pathKey, convert turns the file into the value
-// that replaces it under key; it may look at the selector's keys. Any other config, and what is no
-// config at all, is returned as it is.
+// that replaces it under key; it may look at the selector's keys. So it is with a selector that another
+// one wraps. Any other config, and what is no config at all, is returned as it is.
 func Inline(
 	config []byte, typ, pathKey, key string, read func(path string) ([]byte, error),
 	convert func(file []byte, keys map[string]json.RawMessage) (any, error),
 ) ([]byte, error) {
 	stages := value[map[string]json.RawMessage](config)
 	keys := value[map[string]json.RawMessage](stages["selector"])
+	if _, wraps := keys["selector"]; wraps {
+		wrapper, err := Inline(stages["selector"], typ, pathKey, key, read, convert)
+		if err != nil {
+			return nil, fmt.Errorf("selector.%w", err)
+		}
+		if bytes.Equal(wrapper, stages["selector"]) {
+			return config, nil
+		}
+		stages["selector"] = wrapper
+		return json.Marshal(stages)
+	}
 	path := value[string](keys[pathKey])
 	if !strings.EqualFold(value[string](keys["type"]), typ) || path == "" {
 		return config, nil

@@ -33,15 +33,19 @@ func inline(config string, files map[string]string) (string, error) {
 func TestInline(t *testing.T) {
 	t.Parallel()
 	files := map[string]string{"a.json": `[1, 2]`}
-	config := `{"selector": {"type": "DS", "path": "a.json", "r": 8, "lists": {}}, "weight_pruner": {"type": "none"}}`
-	got, err := inline(config, files)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := `{"selector": {"type": "DS", "r": 8, "lists": [1, 2]}, "weight_pruner": {"type": "none"}}`
-	var x, y any
-	if err := errors.Join(json.Unmarshal([]byte(got), &x), json.Unmarshal([]byte(want), &y)); err != nil || !cmp.Equal(x, y) {
-		t.Errorf("%s, want %s", got, want)
+	for config, want := range map[string]string{
+		`{"selector": {"type": "DS", "path": "a.json", "r": 8, "lists": {}}, "weight_pruner": {"type": "none"}}`: `{"selector": {"type": "DS", "r": 8, "lists": [1, 2]}, "weight_pruner": {"type": "none"}}`,
+
+		`{"selector": {"type": "wrapper", "selector": {"type": "ds", "path": "a.json"}, "path": "b.json"}}`: `{"selector": {"type": "wrapper", "selector": {"type": "ds", "lists": [1, 2]}, "path": "b.json"}}`,
+	} {
+		got, err := inline(config, files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var x, y any
+		if err := errors.Join(json.Unmarshal([]byte(got), &x), json.Unmarshal([]byte(want), &y)); err != nil || !cmp.Equal(x, y) {
+			t.Errorf("%s, want %s", got, want)
+		}
 	}
 }
 
@@ -55,6 +59,8 @@ func TestInlineLeavesOthers(t *testing.T) {
 		`{"selector": {"type": "ds", "path": ""}}`,
 		`{"selector": {"type": "ds", "path": 7}}`,
 		`{"selector": {"path": "a.json"}}`,
+		`{"selector": {"type": "wrapper", "selector": {"type": "quest", "path": "a.json"}}}`,
+		`{"selector": {"type": "wrapper", "selector": null}}`,
 	} {
 		if got, err := inline(config, nil); err != nil || got != config {
 			t.Errorf("%s became %s, error %v", config, got, err)

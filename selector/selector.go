@@ -16,7 +16,7 @@ type Selector interface {
 }
 
 // Row is what a selector may look at: one KV head of one sequence, asked by one query head or by all
-// that share it. Its slices belong to the caller and are read-only but for Bounds and Scratch.
+// that share it. Its slices belong to the caller and are read-only but for Carry, Ranking and Scratch.
 type Row struct {
 	// Layer is the model's layer index, Head the KV head.
 	Layer, Head int
@@ -34,6 +34,14 @@ type Row struct {
 	Keys kv.Reader
 	// Records reads the selector's own shadow; nil if it declares none.
 	Records kv.Records
+
+	// Carry is what earlier layers of the step left to the same list of the row: (sequence, KV head), and
+	// query head under "per_query_head". Nil unless the method Needs it.
+	Carry *Carry
+	// Scores is the attention that each position got so far from the query heads that share the list,
+	// [Len]: in the prefill, where the engine tells, and in the steps before this one, of those that kept
+	// the position. Nil unless the method Needs it.
+	Scores []float32
 
 	// TokenBudget, if > 0, replaces the configured budget.
 	TokenBudget int
@@ -53,4 +61,7 @@ type Row struct {
 type Scratch struct {
 	F32 []float32
 	I32 []int32
+	// A wrapper's own: what it selects only to see the ranking, and weights.
+	Unused  []int32
+	Weights []float32
 }

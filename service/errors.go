@@ -33,6 +33,8 @@ var errorCodes = [...]struct {
 	fault.Permission:      {twilightv1.ErrorCode_ERROR_CODE_PERMISSION_DENIED, codes.PermissionDenied},
 	fault.DataLoss:        {twilightv1.ErrorCode_ERROR_CODE_DATA_LOSS, codes.DataLoss},
 	fault.Unavailable:     {twilightv1.ErrorCode_ERROR_CODE_UNAVAILABLE, codes.Unavailable},
+	fault.Cancelled:       {twilightv1.ErrorCode_ERROR_CODE_CANCELLED, codes.Canceled},
+	fault.Deadline:        {twilightv1.ErrorCode_ERROR_CODE_DEADLINE_EXCEEDED, codes.DeadlineExceeded},
 }
 
 // internalText is all that an engine learns of an error that no room meant it to see.

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
 )
@@ -168,6 +169,12 @@ func (c *fakeCache) Step(_ context.Context, step *kv.Step) error {
 	}
 	return nil
 }
+
+func (c *fakeCache) Arm(context.Context, *gpu.ArmedStep) error {
+	return fault.Newf(fault.Unsupported, "armed", "the fake arms nothing")
+}
+
+func (c *fakeCache) CancelArmed(uint32) {}
 
 func (c *fakeCache) Index(context.Context) (kv.IndexStats, error) {
 	return kv.IndexStats{TokensIndexed: 7}, nil

@@ -250,6 +250,7 @@ func TestBadInput(t *testing.T) {
 		outOfRange   = twilightv1.ErrorCode_ERROR_CODE_OUT_OF_RANGE
 		exhausted    = twilightv1.ErrorCode_ERROR_CODE_RESOURCE_EXHAUSTED
 		denied       = twilightv1.ErrorCode_ERROR_CODE_PERMISSION_DENIED
+		unsupported  = twilightv1.ErrorCode_ERROR_CODE_UNSUPPORTED
 	)
 	for _, tc := range []struct {
 		name  string
@@ -288,6 +289,16 @@ func TestBadInput(t *testing.T) {
 			l.Query = &twilightv1.Layer_QueryInline{QueryInline: make([]byte, 127)}
 		}), invalid, "layer.query_inline"},
 		{"NaN in a query", query(3, math.NaN()), invalid, "layer.query[0][0][3]"},
+		{"an observation that nothing takes", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				MassTokens: 1, Mass: &twilightv1.Observation_MassInline{MassInline: make([]byte, heads*4)},
+			}
+		}), unsupported, "layer.observation"},
+		{"mass of another size", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				MassTokens: 2, Mass: &twilightv1.Observation_MassInline{MassInline: make([]byte, heads*4)},
+			}
+		}), invalid, "layer.observation.mass_inline"},
 		{"Inf in a query", query(dim, math.Inf(-1)), invalid, "layer.query[0][1][0]"},
 		{"p for more rows", layerOf(func(l *twilightv1.Layer) { l.P = []float32{0.5, 0.5} }), invalid, "layer.p"},
 		{"query behind the region", layerOf(func(l *twilightv1.Layer) {

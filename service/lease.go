@@ -51,6 +51,7 @@ type lease struct {
 	regions map[uint32]*region
 	caches  map[uint32]*cache
 	result  gpu.LayerResult
+	arming  *cache // on which a step was armed that is not answered yet
 	// warnings are those of audits.
 	warnings *rate.Sometimes
 	told     telemetry.Step // the step that is served
@@ -85,7 +86,9 @@ func (l *lease) serve(stream leaseStream) error {
 	for {
 		select {
 		case req := <-requests:
-			if err := l.send(l.answer(ctx, req.LeaseRequest, req.at)); err != nil {
+			err := l.send(l.answer(ctx, req.LeaseRequest, req.at))
+			l.answeredArmed()
+			if err != nil {
 				return err
 			}
 		case err := <-broken:

@@ -195,7 +195,7 @@ func TestRefusals(t *testing.T) {
 		{"step id that does not grow", step(1), precondition, "step.step_id"},
 		{"sequences unlike lengths", stepOf(func(s *twilightv1.Step) { s.Sequences = nil }), invalid, "step"},
 		{"device batch", stepOf(func(s *twilightv1.Step) {
-			s.Device = &twilightv1.DeviceBatch{Batch: 1, Lengths: at(1, 1), Table: at(1, 1), TableStride: 1, MaxLength: 1}
+			s.Device = &twilightv1.DeviceBatch{Batch: 1, Lengths: at(1, 1), Table: at(1, 1), TableStride: 1, Slots: at(1, 1), MaxLength: 1}
 		}), unsupported, "step.device"},
 		{"armed step", stepOf(func(s *twilightv1.Step) {
 			tensor := &twilightv1.Tensor{At: at(1, 1)}
@@ -213,9 +213,19 @@ func TestRefusals(t *testing.T) {
 		{"output in an old region", layerOf(func(l *twilightv1.Layer) {
 			l.OutputTensor = &twilightv1.Tensor{At: at(2, 1)}
 		}), stale, "layer.output_tensor.at.generation"},
-		{"observation that nothing takes", layerOf(func(l *twilightv1.Layer) {
-			l.Observation = &twilightv1.Observation{Window: 1}
-		}), unsupported, "layer.observation"},
+		{"window queries in no region", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				Window: 1, WindowQueries: &twilightv1.Observation_WindowQueriesAt{WindowQueriesAt: at(9, 1)},
+			}
+		}), notFound, "layer.observation.window_queries_at.region_id"},
+		{"mass in an old region", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{
+				MassTokens: 1, Mass: &twilightv1.Observation_MassAt{MassAt: at(2, 1)},
+			}
+		}), stale, "layer.observation.mass_at.generation"},
+		{"window too wide", layerOf(func(l *twilightv1.Layer) {
+			l.Observation = &twilightv1.Observation{Window: 4097}
+		}), invalid, "layer.observation.window"},
 		{"list mode of no name", layerOf(func(l *twilightv1.Layer) { l.ListMode = 9 }), invalid, "layer.list_mode"},
 		{"no list buffer", layerOf(func(l *twilightv1.Layer) { l.ListMode = twilightv1.ListMode_LIST_MODE_BUFFER }), invalid, "layer.list_buffer"},
 		{"list buffer for nothing", layerOf(func(l *twilightv1.Layer) {

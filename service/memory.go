@@ -30,6 +30,8 @@ type cache struct {
 	lastStep uint64
 	current  bool
 	batch    int // rows of it
+
+	armed armedCache
 }
 
 func (l *lease) registerRegion(ctx context.Context, req *twilightv1.RegisterRegion) (*twilightv1.RegionRegistered, error) {
@@ -47,6 +49,11 @@ func (l *lease) registerRegion(ctx context.Context, req *twilightv1.RegisterRegi
 	case old != nil && req.GetGeneration() < old.generation:
 		return nil, fault.Newf(fault.StaleGeneration, "generation",
 			"is %d, but region %d is registered in generation %d: raise it", req.GetGeneration(), id, old.generation)
+	}
+	if old != nil {
+		if err := l.notArmed(id); err != nil {
+			return nil, err
+		}
 	}
 	probe := req.GetProbe()
 	if probe != nil && (probe.GetOffset() > req.GetSize() || uint64(probe.GetLength()) > req.GetSize()-probe.GetOffset()) {
@@ -188,6 +195,7 @@ func (l *lease) retire(id uint32, old *region) {
 			c.stale, c.current = true, false
 		}
 	}
+	l.forgetArmed(id)
 	l.unmap(old.memory)
 	l.telemetry.Lent(-1, -int64(old.memory.Size()))
 }
@@ -211,9 +219,13 @@ func (l *lease) releaseRegion(req *twilightv1.ReleaseRegion) error {
 				"region %d holds cache %d: release the cache first", id, cacheID)
 		}
 	}
+	if err := l.notArmed(id); err != nil {
+		return err
+	}
 	if err := r.memory.Release(); err != nil {
 		return err
 	}
+	l.forgetArmed(id)
 	delete(l.regions, id)
 	l.telemetry.Lent(-1, -int64(r.memory.Size()))
 	return nil
@@ -269,7 +281,7 @@ func (l *lease) registerCache(ctx context.Context, req *twilightv1.RegisterCache
 	if err != nil {
 		return nil, err
 	}
-	l.caches[id] = &cache{device: made, regions: regions}
+	l.caches[id] = &cache{device: made, regions: regions, armed: newArmedCache()}
 	l.telemetry.AddCache(id, spec, made.ShadowBytes())
 	return answer, nil
 }

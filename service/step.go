@@ -21,11 +21,14 @@ func (l *lease) step(ctx context.Context, req *twilightv1.Step) (*twilightv1.Ste
 	case req.GetStepId() <= c.lastStep:
 		return nil, fault.Newf(fault.Precondition, "step_id",
 			"is %d, but the cache has had step %d: step ids grow", req.GetStepId(), c.lastStep)
-	case req.GetDevice() != nil:
+	case req.GetDevice() != nil && !l.info.DeviceBatch:
 		return nil, fault.Newf(fault.Unsupported, "device",
 			"device %s reads no batches from lent memory: send the columns", l.info.ID)
 	case req.GetArmed() != nil:
-		return nil, fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: send Layer messages", l.info.ID)
+		return l.arm(ctx, c, req)
+	case req.GetDevice() != nil:
+		return nil, fault.Newf(fault.Unsupported, "device",
+			"is set, but the step is not armed: only armed steps read their batch from lent memory")
 	}
 	if err := c.device.Step(ctx, kvStep(req)); err != nil {
 		return nil, err
@@ -67,6 +70,10 @@ func (l *lease) currentStep(cacheID uint32, stepID uint64) (*cache, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.armed.has(stepID) {
+		return nil, fault.Newf(fault.Precondition, "step_id",
+			"is %d, an armed step: its layers run when their words are rung", stepID)
+	}
 	if !c.current {
 		return nil, fault.Newf(fault.Precondition, "step_id",
 			"is %d, but cache %d has no current step: declare one first", stepID, cacheID)
@@ -79,6 +86,10 @@ func (l *lease) currentStep(cacheID uint32, stepID uint64) (*cache, error) {
 }
 
 func (l *lease) cancelStep(req *twilightv1.CancelStep) error {
+	if c := l.caches[req.GetCacheId()]; c != nil && c.armed.has(req.GetStepId()) {
+		c.device.CancelArmed(uint32(req.GetStepId()))
+		return nil
+	}
 	c, err := l.currentStep(req.GetCacheId(), req.GetStepId())
 	if err != nil {
 		return err
@@ -117,6 +128,9 @@ func (l *lease) layerRequest(req *twilightv1.Layer, batch int) (*gpu.LayerReques
 		TokenBudget: req.GetTokenBudget(),
 	}
 	var err error
+	if call.Observation, err = l.observation(req.GetObservation()); err != nil {
+		return nil, err
+	}
 	switch query := req.GetQuery().(type) {
 	case *twilightv1.Layer_QueryInline:
 		call.Query = &gpu.Tensor{Inline: query.QueryInline}
@@ -155,8 +169,6 @@ func (l *lease) layerRequest(req *twilightv1.Layer, batch int) (*gpu.LayerReques
 func checkModes(req *twilightv1.Layer) error {
 	buffered := req.GetListMode() == twilightv1.ListMode_LIST_MODE_BUFFER
 	switch {
-	case req.GetObservation() != nil:
-		return fault.Newf(fault.Unsupported, "observation", "is set, but no method of the lease's config takes one: leave it out")
 	case buffered && req.GetListBuffer() == nil:
 		return fault.Newf(fault.Invalid, "list_buffer", "is absent: LIST_MODE_BUFFER needs it")
 	case !buffered && req.GetListBuffer() != nil:
@@ -180,6 +192,35 @@ func checkModes(req *twilightv1.Layer) error {
 	return nil
 }
 
+// observation says an observation in the device's terms, nil if there is none.
+func (l *lease) observation(m *twilightv1.Observation) (o *gpu.Observation, err error) {
+	if m == nil {
+		return nil, nil //nolint:nilnil // an absent part of a request
+	}
+	o = &gpu.Observation{Window: int(m.GetWindow()), MassTokens: int(m.GetMassTokens())}
+	switch queries := m.GetWindowQueries().(type) {
+	case *twilightv1.Observation_WindowQueriesInline:
+		o.WindowQueries = &gpu.Tensor{Inline: queries.WindowQueriesInline}
+	case *twilightv1.Observation_WindowQueriesAt:
+		o.WindowQueries, err = l.packed(queries.WindowQueriesAt, "observation.window_queries_at")
+	}
+	if err != nil {
+		return nil, err
+	}
+	switch mass := m.GetMass().(type) {
+	case *twilightv1.Observation_MassInline:
+		o.Mass = &gpu.Tensor{Inline: mass.MassInline}
+	case *twilightv1.Observation_MassAt:
+		o.Mass, err = l.packed(mass.MassAt, "observation.mass_at")
+	}
+	return o, err
+}
+
+func (l *lease) packed(at *twilightv1.Location, field string) (*gpu.Tensor, error) {
+	span, err := l.span(at, field)
+	return &gpu.Tensor{Memory: span.Memory, Offset: span.Offset}, err
+}
+
 func (l *lease) tensor(t *twilightv1.Tensor, field string) (*gpu.Tensor, error) {
 	at, err := l.span(t.GetAt(), field+".at")
 	if err != nil {
@@ -199,6 +240,8 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		return nil, fault.Exhaustedf("list_mode", size, limit,
 			"LIST_MODE_INLINE may take %d bytes of at most %d: name a buffer", size, limit)
 	}
+	timing := &twilightv1.Timing{}
+	setTiming(timing, &r.Timing)
 	return &twilightv1.LayerResult{
 		Candidates:        r.Candidates,
 		Kept:              r.Kept,
@@ -213,21 +256,23 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		TrueMass:          r.TrueMass,
 		OutputError:       r.OutputError,
 		Index:             indexStats(&r.Index),
-		Timing: &twilightv1.Timing{
-			WallNs:   uint64(r.Timing.Wall.Nanoseconds()),
-			IndexNs:  uint64(r.Timing.Index.Nanoseconds()),
-			SelectNs: uint64(r.Timing.Select.Nanoseconds()),
-			PruneNs:  uint64(r.Timing.Prune.Nanoseconds()),
-			AttendNs: uint64(r.Timing.Attend.Nanoseconds()),
-		},
+		Timing:            timing,
 	}, nil
 }
 
+func setTiming(m *twilightv1.Timing, t *gpu.Timing) {
+	m.WallNs, m.IndexNs = uint64(t.Wall.Nanoseconds()), uint64(t.Index.Nanoseconds())
+	m.SelectNs, m.PruneNs = uint64(t.Select.Nanoseconds()), uint64(t.Prune.Nanoseconds())
+	m.AttendNs = uint64(t.Attend.Nanoseconds())
+}
+
 func indexStats(s *kv.IndexStats) *twilightv1.IndexStats {
-	return &twilightv1.IndexStats{
-		TokensIndexed:       s.TokensIndexed,
-		TokensClaimed:       s.TokensClaimed,
-		ChunksDrifted:       s.ChunksDrifted,
-		StatisticsRefreshed: s.StatisticsRefreshed,
-	}
+	m := &twilightv1.IndexStats{}
+	setIndexStats(m, s)
+	return m
+}
+
+func setIndexStats(m *twilightv1.IndexStats, s *kv.IndexStats) {
+	m.TokensIndexed, m.TokensClaimed = s.TokensIndexed, s.TokensClaimed
+	m.ChunksDrifted, m.StatisticsRefreshed = s.ChunksDrifted, s.StatisticsRefreshed
 }

@@ -39,6 +39,7 @@ type replayCmd struct {
 	PageSize int           `default:"16" placeholder:"N" help:"Tokens of a page; slots and contiguous have their own (16)."`
 	DType    string        `name:"dtype" enum:"fp16,bf16,fp32,fp8" default:"fp16" help:"Element type of the cache: fp16, bf16, fp32 or fp8 (fp16)."`
 	Seed     uint64        `default:"1" help:"Shuffles the cache's pages (1)."`
+	Armed    bool          `help:"Arm each step: its layers meet the daemon at words in shared memory, without messages."`
 	Pace     time.Duration `default:"0s" placeholder:"DURATION" help:"Least time from a step to the next, to watch them come."`
 	JSON     bool          `name:"json" help:"Print the report as JSON, and nothing else, on stdout."`
 }
@@ -92,7 +93,7 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 	bar := newProgress(term.err)
 	report, err := replay.Run(ctx, conn, replay.Options{
 		Capture: loaded, Config: config, Layout: layout.Kind(c.Layout), PageSize: c.PageSize, DType: dtype, Seed: c.Seed,
-		Pace: c.Pace, Tracer: told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight"),
+		Armed: c.Armed, Pace: c.Pace, Tracer: told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight"),
 		Progress: func(done, all int) { bar.show("replay: %d of %d", done, all) },
 	})
 	bar.clear()

@@ -171,12 +171,24 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	if !c.stepped {
 		return errNoStep
 	}
+	if req.Observation != nil {
+		return fault.Newf(fault.Unsupported, "observation",
+			"is set, but no method of the lease's config takes what it holds: leave it out")
+	}
 	if err := c.lease.device.owner.do(ctx, func() error { return c.run(i, req, res) }); err != nil {
 		return explain(err)
 	}
 	res.Timing.Wall = time.Since(start)
 	return nil
 }
+
+// Arm implements gpu.Cache. Info declares no armed steps.
+func (c *cache) Arm(context.Context, *gpu.ArmedStep) error {
+	return fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: run layers one by one", c.lease.device.uuid)
+}
+
+// CancelArmed implements gpu.Cache.
+func (c *cache) CancelArmed(uint32) {}
 
 func (c *cache) Close() error {
 	c.lease.mu.Lock()

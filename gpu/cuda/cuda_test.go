@@ -61,7 +61,8 @@ func TestConformance(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, lender{kind: gpu.CUDAIPC, uuid: uuid})
+	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, lender{kind: gpu.CUDAIPC, uuid: uuid},
+		gputest.Extrapolation(1e-2))
 }
 
 // scenario is a random cache, config and decode, run on the CPU and on the GPU.

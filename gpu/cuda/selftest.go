@@ -10,6 +10,7 @@ import (
 
 	"gorgonia.org/cu"
 
+	"github.com/twilight-sidecar/twilight/compressor/none"
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/internal/fault"
@@ -17,7 +18,6 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pruner/minmaxquant"
 	"github.com/twilight-sidecar/twilight/pruner/topp"
-	"github.com/twilight-sidecar/twilight/selector/none"
 	"github.com/twilight-sidecar/twilight/selector/quest"
 )
 

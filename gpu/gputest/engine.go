@@ -84,13 +84,15 @@ type engine struct {
 
 	// keys and values are what the cache stores of each sequence and layer: [KVHeads][tokens][dim].
 	keys, values [][][]float32
+
+	past past
 }
 
 // engine makes an engine with all its tokens in the cache, and skips the test if the device does not
 // serve it.
 func (s *suite) engine(t testing.TB, setup setup) *engine {
 	t.Helper()
-	e := &engine{setup: setup, t: t, suite: s}
+	e := &engine{setup: setup, t: t, suite: s, past: past{states: make(map[[3]int]*pipeline.State)}}
 	g := &e.geometry
 	e.shape.Layers, e.shape.KVHeads = g.Layers, g.KVHeads
 	e.shape.KDim, e.shape.VDim = g.KDim, g.VDim
@@ -239,6 +241,7 @@ func (e *engine) step(step *kv.Step) {
 	if err := e.cache.Step(e.t.Context(), step); err != nil {
 		e.t.Fatal(err)
 	}
+	e.past.begin()
 }
 
 // queries returns the queries of rows in a layer, [B][Hq][KDim], as the query dtype stores them. They

@@ -4,6 +4,7 @@ package gputest
 
 import (
 	"testing"
+	"time"
 
 	"github.com/twilight-sidecar/twilight/gpu"
 )
@@ -22,6 +23,19 @@ type Buffer interface {
 	Read(offset int, data []byte)
 }
 
+// Ringer is a Buffer in which words can be rung and waited for. That of a device that arms steps must be
+// one.
+type Ringer interface {
+	// Store writes a word and wakes nobody.
+	Store(offset int, v uint32)
+	// Ring writes a word behind all that was written before, and wakes who waits for it.
+	Ring(offset int, v uint32)
+	// Load reads a word.
+	Load(offset int) uint32
+	// Await waits until a word is v, and tells whether it is before timeout passed.
+	Await(offset int, v uint32, timeout time.Duration) bool
+}
+
 // Option changes how strict the suite is.
 type Option func(*suite)
 
@@ -29,6 +43,13 @@ type Option func(*suite)
 // those at the edge of a set may be on a device that sums in another order. Estimates may then be off
 // by as much. Without it there is none.
 func Slack(share float64) Option { return func(s *suite) { s.slack = share } }
+
+// Extrapolation allows that mass and coverage of rows whose other tokens' weight is extrapolated differ by
+// this from the reference's: a fitted line amplifies what a device rounds differently, most where softcap
+// draws its points together.
+func Extrapolation(tolerance float64) Option {
+	return func(s *suite) { s.extrapolation = tolerance }
+}
 
 // Run runs the suite. newDevice makes a device that it closes when the test ends. What the device does
 // not declare in its Info is skipped, and nothing else.
@@ -62,12 +83,23 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 		{"NullPage", testNullPage},
 		{"Overrides", testOverrides},
 		{"Lists", testLists},
+		{"Carry", testCarry},
+		{"States", testStates},
+		{"Observations", testObservations},
+		{"RewrittenSlots", testRewrittenSlots},
 		{"Refusals", testRefusals},
 		{"Cancellation", testCancellation},
 		{"Lifetimes", testLifetimes},
 		{"ShadowBytes", testShadowBytes},
 		{"Leaks", testLeaks},
 		{"Neighbours", testNeighbours},
+		{"Armed", testArmed},
+		{"ArmedHistory", testArmedHistory},
+		{"ArmedFailures", testArmedFailures},
+		{"ArmedRefusals", testArmedRefusals},
+		{"ArmedLifetimes", testArmedLifetimes},
+		{"ArmedNeighbours", testArmedNeighbours},
+		{"DeviceBatches", testDeviceBatches},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			device := newDevice(t)
@@ -82,8 +114,9 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 
 // suite is what a test runs on.
 type suite struct {
-	device gpu.Device
-	info   gpu.Info
-	memory Memory
-	slack  float64
+	device        gpu.Device
+	info          gpu.Info
+	memory        Memory
+	slack         float64
+	extrapolation float64
 }

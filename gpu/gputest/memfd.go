@@ -3,10 +3,12 @@ package gputest
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/internal/armed"
 )
 
 // Memfd allocates shared memory, as an engine on a CPU does: memfds that are sealed against shrinking.
@@ -56,3 +58,13 @@ func (b *memfd) Region(t testing.TB, size int, writable bool) *gpu.Region {
 func (b *memfd) Write(offset int, data []byte) { copy(b.data[offset:][:len(data)], data) }
 
 func (b *memfd) Read(offset int, data []byte) { copy(data, b.data[offset:][:len(data)]) }
+
+func (b *memfd) Store(offset int, v uint32) { armed.At(b.data[offset:]).Store(v) }
+
+func (b *memfd) Ring(offset int, v uint32) { armed.At(b.data[offset:]).Ring(v) }
+
+func (b *memfd) Load(offset int) uint32 { return armed.At(b.data[offset:]).Load() }
+
+func (b *memfd) Await(offset int, v uint32, timeout time.Duration) bool {
+	return armed.At(b.data[offset:]).Await(v, timeout, func() bool { return false })
+}

@@ -339,3 +339,5 @@ func testCancellation(t *testing.T, s *suite) {
 		same(t, "after a layer that was cancelled midway", want, e.layers(rows...))
 	}
 }
+
+func asFault(err error, f **fault.Error) bool { return errors.As(err, f) }

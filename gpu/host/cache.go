@@ -18,17 +18,23 @@ type cache struct {
 	layers  []layer
 	byModel map[int]int // the model's layer index to that in layers
 	tracker *kv.Tracker
+	paging  kv.TrackerConfig
 	stepped bool
 	closed  bool
 
 	arena               []byte
 	taken               uint64  // of the device's bytes
 	selector, estimator *shadow // nil for a method that keeps nothing
+	carries             carries // nil for a method that carries nothing
+	states              *states // nil for methods that remember nothing
+	stateBytes          uint64  // that carries and states may take
 	job                 *job
+	armed               *armer
 	indexing            indexing
 	call                call
 	// Methods bound once, so that calls allocate nothing.
-	trainTask, indexTask, queryTask, attendTask task
+	trainTask, indexTask, queryTask, windowTask, observeTask task
+	weighTask, shareTask, attendTask                         task
 }
 
 var _ gpu.Cache = (*cache)(nil)
@@ -47,7 +53,7 @@ type indexing struct {
 	level  int
 }
 
-func (c *cache) ShadowBytes() uint64 { return uint64(len(c.arena)) }
+func (c *cache) ShadowBytes() uint64 { return uint64(len(c.arena)) + c.stateBytes }
 
 func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	c.lease.mu.Lock()
@@ -55,10 +61,39 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.declare(step)
+}
+
+// check tells whether declare would accept a step now.
+func (c *cache) check(step *kv.Step) error {
+	if c.states != nil {
+		if err := c.states.check(step); err != nil {
+			return err
+		}
+	}
+	return c.tracker.Check(step)
+}
+
+// declare makes a batch the current one.
+func (c *cache) declare(step *kv.Step) error {
+	if c.states != nil {
+		if err := c.states.check(step); err != nil {
+			return err
+		}
+	}
 	if err := c.tracker.Step(step); err != nil {
 		return err
 	}
+	if c.states != nil {
+		c.states.begin(step, c.tracker.Rows(), c.layers[0].k.PageSize)
+	}
 	c.stepped = true
+	if c.lease.needs.Carry {
+		c.carries.begin(len(step.Lengths) * c.lease.geometry.KVHeads * c.lease.lists)
+	}
 	return nil
 }
 
@@ -74,6 +109,9 @@ func (c *cache) Index(ctx context.Context) (kv.IndexStats, error) {
 	defer c.lease.mu.Unlock()
 	var stats kv.IndexStats
 	if err := c.usable(ctx); err != nil {
+		return stats, err
+	}
+	if err := c.armed.idle(); err != nil {
 		return stats, err
 	}
 	if !c.stepped {
@@ -175,6 +213,7 @@ func (c *cache) indexChunk(worker, i int) error {
 }
 
 func (c *cache) Close() error {
+	c.armed.close()
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	return c.free()
@@ -188,7 +227,7 @@ func (c *cache) free() error {
 	c.closed = true
 	delete(c.lease.caches, c)
 	arena := c.arena
-	c.arena, c.selector, c.estimator = nil, nil, nil
+	c.arena, c.selector, c.estimator, c.carries, c.states = nil, nil, nil, nil, nil
 	c.lease.device.give(c.lease, c.taken)
 	return freeArena(arena)
 }

@@ -96,6 +96,7 @@ func (d *Device) Info() gpu.Info {
 		Compressors: m.Compressors.Types(),
 		Kernels:     []string{kernel()},
 		Regions:     []gpu.RegionKind{gpu.SharedMemory},
+		ArmedSteps:  true, DeviceBatch: true,
 	}
 }
 
@@ -107,7 +108,8 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	}
 	_, selector := recordBytes(l.selector, g.KDim)
 	_, estimator := recordBytes(l.estimator, g.KDim)
-	return float64(g.Layers*g.KVHeads*(selector+estimator)) / kv.ChunkTokens, nil
+	records := float64(g.Layers*g.KVHeads*(selector+estimator)) / kv.ChunkTokens
+	return records + float64(l.pipeline.StateBytesPerToken()), nil
 }
 
 // Open implements gpu.Device.

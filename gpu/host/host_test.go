@@ -73,8 +73,13 @@ const questTopP = `{"skip_first_two_layers": false,
 
 func newProblem(t testing.TB, d *Device, config string, sequences, tokens int) *problem {
 	t.Helper()
+	return newDeepProblem(t, d, config, 2, sequences, tokens)
+}
+
+func newDeepProblem(t testing.TB, d *Device, config string, layers, sequences, tokens int) *problem {
+	t.Helper()
 	g := &kv.Geometry{
-		Layers: 2, QueryHeads: 8, KVHeads: 2, KDim: 64, VDim: 64,
+		Layers: layers, QueryHeads: 8, KVHeads: 2, KDim: 64, VDim: 64,
 		Scale: 0.125, Query: kv.F32, QueryScale: 1, Output: kv.F32,
 	}
 	cfg, err := d.options.Methods.Parse([]byte(config))
@@ -166,6 +171,26 @@ func (p *problem) run(t testing.TB) *gpu.LayerResult {
 	return result
 }
 
+// decode runs all layers of two steps.
+func (p *problem) decode(t testing.TB) (results []*gpu.LayerResult) {
+	t.Helper()
+	for range 2 {
+		if err := p.cache.Step(t.Context(), p.step); err != nil {
+			t.Fatal(err)
+		}
+		for layer := range 2 {
+			request, result := p.request(), &gpu.LayerResult{}
+			request.Layer = layer
+			if err := p.cache.Layer(t.Context(), request, result); err != nil {
+				t.Fatal(err)
+			}
+			result.Timing = gpu.Timing{}
+			results = append(results, result)
+		}
+	}
+	return results
+}
+
 // wantFault fails the test unless err is of the kind and names the field.
 func wantFault(t *testing.T, err error, kind fault.Kind, field string) {
 	t.Helper()
@@ -208,11 +233,18 @@ func TestSelfTest(t *testing.T) {
 
 func TestWorkersDoNotChangeResults(t *testing.T) {
 	t.Parallel()
-	want := newProblem(t, newDevice(t, Options{Workers: 1}), questTopP, 5, 300).run(t)
-	for _, workers := range []int{2, 7} {
-		got := newProblem(t, newDevice(t, Options{Workers: workers}), questTopP, 5, 300).run(t)
-		if !reflect.DeepEqual(got, want) {
-			t.Errorf("%d workers give another result than one", workers)
+	for name, config := range map[string]string{
+		"quest": questTopP,
+		"h2o":   `{"skip_first_two_layers": false, "selector": {"type": "h2o", "token_budget": 64}}`,
+		"tidal_decode": `{"skip_first_two_layers": false,
+			"selector": {"type": "tidal_decode", "token_budget": 64, "reselection_layers": [0]}}`,
+	} {
+		want := newProblem(t, newDevice(t, Options{Workers: 1}), config, 5, 300).decode(t)
+		for _, workers := range []int{2, 7} {
+			got := newProblem(t, newDevice(t, Options{Workers: workers}), config, 5, 300).decode(t)
+			if !reflect.DeepEqual(got, want) {
+				t.Errorf("%s: %d workers give another result than one", name, workers)
+			}
 		}
 	}
 }

@@ -25,6 +25,7 @@ type call struct {
 	rows    []kv.SeqRow
 
 	query, output tensor
+	observed      observed
 	lists, counts extent // a list buffer's
 	listData      []byte // nil without
 	countData     []byte
@@ -32,18 +33,27 @@ type call struct {
 	tasks   int
 	queries []float32         // decoded, [B][Hq][KDim]
 	results []pipeline.Result // by task, and those of larger batches
+	shares  shares
 }
 
 func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
-	start := time.Now()
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
-	i, ok := c.byModel[request.Layer]
-	if !ok {
-		return fault.Newf(fault.NotFound, "layer", "the cache has no layer %d: name one of its own", request.Layer)
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.layer(ctx, request, answer)
+}
+
+// layer is Layer under the lease's lock.
+func (c *cache) layer(ctx context.Context, request *gpu.LayerRequest, answer *gpu.LayerResult) error {
+	start := time.Now()
+	i, err := c.index(request.Layer, "layer")
+	if err != nil {
+		return err
 	}
 	if !c.stepped {
 		return errNoStep
@@ -51,15 +61,25 @@ func (c *cache) Layer(ctx context.Context, request *gpu.LayerRequest, answer *gp
 	a := &c.call
 	*a = call{
 		layer: i, request: request, answer: answer, rows: c.tracker.Rows(),
-		queries: a.queries, results: a.results,
+		queries: a.queries, results: a.results, shares: a.shares,
 	}
-	defer func() { *a = call{queries: a.queries, results: a.results} }() // nothing of the caller's is kept
+	defer func() { *a = call{queries: a.queries, results: a.results, shares: a.shares} }() // nothing of the caller's is kept
 	if err := c.run(ctx, a); err != nil {
 		return c.lease.explain(err, a.query.extent, a.output.extent, a.lists, a.counts,
+			a.observed.extents[0], a.observed.extents[1],
 			c.layers[i].extents[0], c.layers[i].extents[1])
 	}
 	answer.Timing.Wall = time.Since(start)
 	return nil
+}
+
+// index is where the cache has one of the model's layers.
+func (c *cache) index(layer int, field string) (int, error) {
+	i, ok := c.byModel[layer]
+	if !ok {
+		return 0, fault.Newf(fault.NotFound, field, "the cache has no layer %d: name one of its own", layer)
+	}
+	return i, nil
 }
 
 func (c *cache) run(ctx context.Context, a *call) error {
@@ -79,13 +99,35 @@ func (c *cache) run(ctx context.Context, a *call) error {
 			return err
 		}
 	}
+	if err := c.prepareObservation(a); err != nil {
+		return err
+	}
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows), c.windowTask); err != nil {
+			return err
+		}
+	}
 	busy, err := c.indexLayer(ctx, a.layer, &a.answer.Index)
 	if err != nil {
 		return err
 	}
 	a.answer.Timing.Index = busy
+	if a.request.Observation != nil {
+		if err := pool.do(ctx, c.job, len(a.rows)*c.lease.geometry.KVHeads, c.observeTask); err != nil {
+			return err
+		}
+	}
 	if a.request.Query == nil {
 		return nil
+	}
+	if c.lease.needs.Shares {
+		a.shares.shape(a.rows, c.lease.geometry.KVHeads*c.lease.lists)
+		if err := pool.do(ctx, c.job, a.tasks, c.weighTask); err != nil {
+			return err
+		}
+		if err := pool.do(ctx, c.job, len(a.rows), c.shareTask); err != nil {
+			return err
+		}
 	}
 	if err := pool.do(ctx, c.job, a.tasks, c.attendTask); err != nil {
 		return err
@@ -112,13 +154,13 @@ func (c *cache) prepare(a *call) error {
 	}
 
 	var err error
-	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, "query"); err != nil {
+	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, &queryField); err != nil {
 		return err
 	}
 	if err := c.prepareOutput(a); err != nil {
 		return err
 	}
-	if err := c.prepareLists(a); err != nil {
+	if err := c.prepareLists(a, batch); err != nil {
 		return err
 	}
 
@@ -147,7 +189,7 @@ func (c *cache) prepareOutput(a *call) (err error) {
 		a.output = packed(a.answer.Output, g.QueryHeads, vector)
 		return nil
 	}
-	a.output, err = c.lease.tensor(a.request.Output, batch, g.QueryHeads, g.VDim, g.Output, "output")
+	a.output, err = c.lease.tensor(a.request.Output, batch, g.QueryHeads, g.VDim, g.Output, &outputField)
 	if err != nil || a.request.Output.Memory == nil {
 		return err
 	}
@@ -155,7 +197,7 @@ func (c *cache) prepareOutput(a *call) (err error) {
 }
 
 // prepareLists finds the buffer that lists go to, if one was given.
-func (c *cache) prepareLists(a *call) (err error) {
+func (c *cache) prepareLists(a *call, batch int) (err error) {
 	buffer := a.request.ListBuffer
 	if buffer == nil {
 		return nil
@@ -163,7 +205,7 @@ func (c *cache) prepareLists(a *call) (err error) {
 	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
 		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
 	}
-	size := uint64(len(a.rows)*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
+	size := uint64(batch*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
 	for _, p := range []struct {
 		at     gpu.Span
 		size   uint64
@@ -216,21 +258,11 @@ func (c *cache) attend(worker, task int) error {
 		return nil
 	}
 
-	layer, group := &c.layers[a.layer], g.Group()
-	s.row = pipeline.Row{
-		Layer: layer.model, KVHead: head,
-		Queries: a.queries[(b*g.QueryHeads+head*group)*g.KDim:][:group*g.KDim],
-		Keys:    layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
-		First: seq.First, Len: seq.Len,
-		SelectorRecords:  c.selector.records(&s.selector, a.layer, head, seq.Chunks),
-		EstimatorRecords: c.estimator.records(&s.estimator, a.layer, head, seq.Chunks),
-		ListsOnly:        a.request.ListsOnly,
-	}
-	if len(a.request.P) > 0 {
-		s.row.P = a.request.P[b]
-	}
-	if len(a.request.TokenBudget) > 0 {
-		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	group := g.Group()
+	c.setRow(s, task)
+	c.setQuery(s, task)
+	if c.lease.needs.Shares && a.shares.means[b] > 0 {
+		s.row.Budgets = a.shares.budgets[task*c.lease.lists:][:c.lease.lists]
 	}
 	c.lease.pipeline.Run(&s.pipeline, &s.row, result)
 	if c.lease.config.Audits(&s.row, b) {
@@ -253,6 +285,41 @@ func (c *cache) attend(worker, task int) error {
 		}
 	}
 	return nil
+}
+
+// setRow sets s.row to what a task's row has with or without a query.
+func (c *cache) setRow(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	seq, layer := &a.rows[b], &c.layers[a.layer]
+	s.row = pipeline.Row{
+		Layer: layer.model, KVHead: head,
+		Keys: layer.k.Reader(seq.Table, head), Values: layer.v.Reader(seq.VTable, head),
+		First: seq.First, Len: seq.Len,
+	}
+	if c.lease.needs.Carry {
+		s.row.Carry = c.carries[task*c.lease.lists:][:c.lease.lists]
+	}
+	if c.lease.needs.State {
+		s.row.State, s.row.Step = c.states.at(b, a.layer, head, g.KVHeads), c.states.step
+	}
+}
+
+// setQuery sets what s.row has with a query only.
+func (c *cache) setQuery(s *scratch, task int) {
+	g, a := &c.lease.geometry, &c.call
+	b, head := task/g.KVHeads, task%g.KVHeads
+	size := g.Group() * g.KDim
+	s.row.Queries = a.queries[task*size:][:size]
+	s.row.SelectorRecords = c.selector.records(&s.selector, a.layer, head, a.rows[b].Chunks)
+	s.row.EstimatorRecords = c.estimator.records(&s.estimator, a.layer, head, a.rows[b].Chunks)
+	s.row.ListsOnly = a.request.ListsOnly
+	if len(a.request.P) > 0 {
+		s.row.P = a.request.P[b]
+	}
+	if len(a.request.TokenBudget) > 0 {
+		s.row.TokenBudget = int(a.request.TokenBudget[b])
+	}
 }
 
 // void is attend for a sequence of length 0.

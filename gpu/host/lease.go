@@ -1,10 +1,12 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math"
 	"math/bits"
 	"slices"
@@ -24,7 +26,8 @@ type lease struct {
 	config              *pipeline.Config
 	pipeline            *pipeline.Pipeline
 	selector, estimator kv.Shadow // nil where a method keeps nothing
-	lists               int       // lists of a row: one, or one for each query head of its group
+	needs               pipeline.Needs
+	lists               int // lists of a row: one, or one for each query head of its group
 
 	scratch []scratch // by worker
 
@@ -68,6 +71,7 @@ func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) 
 	}
 	l.geometry.Sinks = slices.Clone(g.Sinks)
 	l.selector, l.estimator = p.Shadows()
+	l.needs = p.Needs()
 	if cfg.Group == pipeline.PerQueryHead {
 		l.lists = g.Group()
 	}
@@ -151,8 +155,17 @@ func (l *lease) usable(ctx context.Context) error {
 // Close implements gpu.Lease.
 func (l *lease) Close() error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.closed = true
+	caches := slices.Collect(maps.Keys(l.caches))
+	l.mu.Unlock()
+	for _, c := range caches {
+		c.armed.cancelAll(errClosed) // all at once, then one by one
+	}
+	for _, c := range caches {
+		c.armed.close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var errs []error
 	for c := range l.caches {
 		errs = append(errs, c.free())
@@ -198,7 +211,7 @@ func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
 		return 0, errClosed
 	}
 	p, err := l.plan(spec)
-	return p.arena, err
+	return add(p.arena, p.state), err
 }
 
 // NewCache implements gpu.Lease.
@@ -230,8 +243,10 @@ type plan struct {
 	tracker kv.TrackerConfig
 	chunks  int
 
-	arena uint64 // bytes of the records
-	taken uint64 // and of the tracker, about
+	tokens int    // of live sequences, of which methods remember something
+	arena  uint64 // bytes of the records
+	state  uint64 // and of what methods remember besides
+	taken  uint64 // and of the tracker, about
 }
 
 func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
@@ -253,7 +268,9 @@ func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
 		head, chunk := recordBytes(method, g.KDim)
 		p.arena = add(p.arena, mul(heads, add(uint64(head), mul(chunks, uint64(chunk)))))
 	}
-	p.taken = add(p.arena, mul(chunks, uint64(6*g.Layers+10)))
+	p.tokens = cmp.Or(spec.MaxTokens, spec.NumPages*spec.PageSize)
+	p.state = mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken()))
+	p.taken = add(add(p.arena, p.state), mul(chunks, uint64(6*g.Layers+10)))
 	return p, nil
 }
 
@@ -268,15 +285,21 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	}
 	g := &l.geometry
 	c := &cache{
-		lease: l, layers: p.layers, tracker: tracker, arena: arena, taken: p.taken,
-		byModel: make(map[int]int, len(p.layers)), job: newJob(),
+		lease: l, layers: p.layers, tracker: tracker, paging: p.tracker, arena: arena, taken: p.taken,
+		byModel: make(map[int]int, len(p.layers)), job: newJob(), stateBytes: p.state,
+	}
+	if l.needs.State {
+		c.states = newStates(g.Layers*g.KVHeads, p.tokens, l.needs.Mass)
 	}
 	for i := range p.layers {
 		c.byModel[p.layers[i].model] = i
 	}
 	c.selector, arena = carve(l.selector, g, p.layers, p.chunks, arena)
 	c.estimator, _ = carve(l.estimator, g, p.layers, p.chunks, arena)
-	c.trainTask, c.indexTask, c.queryTask, c.attendTask = c.trainHead, c.indexChunk, c.readQuery, c.attend
+	c.armed = newArmer(c)
+	c.trainTask, c.indexTask = c.trainHead, c.indexChunk
+	c.queryTask, c.windowTask, c.observeTask = c.readQuery, c.readObservation, c.observe
+	c.weighTask, c.shareTask, c.attendTask = c.weigh, c.share, c.attend
 	return c, nil
 }
 

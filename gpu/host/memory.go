@@ -116,6 +116,12 @@ func (m *memory) Release() error {
 	if m.lease.cached(extent{memory: m, to: m.size}) {
 		return fault.Newf(fault.Precondition, "region_id", "a cache lies in the region: release the cache first")
 	}
+	for c := range m.lease.caches {
+		if c.armed.uses(m) {
+			return fault.Newf(fault.Precondition, "region_id",
+				"an armed step uses the region: wait for its end or cancel it first")
+		}
+	}
 	delete(m.lease.memories, m)
 	return m.unmap()
 }

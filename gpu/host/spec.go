@@ -1,7 +1,6 @@
 package host
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -128,7 +127,11 @@ type axis struct {
 // of dim elements. Strides must be multiples of the element size, and vectors apart: in ascending order, each
 // stride steps over all that smaller ones reach. Strides that are never taken are set to 0.
 func reach(axes []axis, dim int, t kv.DType, field string) (uint64, error) {
-	slices.SortStableFunc(axes, func(a, b axis) int { return cmp.Compare(*a.stride, *b.stride) })
+	for i := 1; i < len(axes); i++ { // sorts; a library's sort would make axes escape
+		for j := i; j > 0 && *axes[j].stride < *axes[j-1].stride; j-- {
+			axes[j], axes[j-1] = axes[j-1], axes[j]
+		}
+	}
 	element := uint64(t.Size())
 	size := uint64(dim) * element
 	for _, a := range axes {

@@ -23,27 +23,34 @@ func packed(data []byte, heads, vector int) tensor {
 	return tensor{data: data, row: heads * vector, head: vector}
 }
 
-// tensor checks t, whose fields start with name.
-func (l *lease) tensor(t *gpu.Tensor, rows, heads, dim int, dtype kv.DType, name string) (tensor, error) {
+// tensorField names a request's field that is a tensor: in the message, in memory, and where in memory.
+type tensorField struct{ inline, lent, at string }
+
+var (
+	queryField  = tensorField{"query_inline", "query_tensor", "query_tensor.at"}
+	outputField = tensorField{"output_inline", "output_tensor", "output_tensor.at"}
+)
+
+// tensor checks t, which field names.
+func (l *lease) tensor(t *gpu.Tensor, rows, heads, dim int, dtype kv.DType, field *tensorField) (tensor, error) {
 	vector := dim * dtype.Size()
 	if t.Memory == nil {
 		if size := rows * heads * vector; len(t.Inline) != size {
-			return tensor{}, fault.Newf(fault.Invalid, name+"_inline",
+			return tensor{}, fault.Newf(fault.Invalid, field.inline,
 				"%d bytes must be %d, those of [%d, %d, %d] in %v", len(t.Inline), size, rows, heads, dim, dtype)
 		}
 		return packed(t.Inline, heads, vector), nil
 	}
-	name += "_tensor"
 	head := cmp.Or(t.HeadStride, uint64(vector))
 	row := cmp.Or(t.RowStride, mul(uint64(heads), head))
-	size, err := reach([]axis{{"row_stride", rows, &row}, {"head_stride", heads, &head}}, dim, dtype, name)
+	size, err := reach([]axis{{"row_stride", rows, &row}, {"head_stride", heads, &head}}, dim, dtype, field.lent)
 	if err != nil {
 		return tensor{}, err
 	}
 	if rows == 0 {
 		size = 0
 	}
-	e, data, err := l.locate(t.Memory, t.Offset, size, dtype.Size(), name+".at")
+	e, data, err := l.locate(t.Memory, t.Offset, size, dtype.Size(), field.at)
 	return tensor{data: data, row: int(row), head: int(head), extent: e}, err
 }
 

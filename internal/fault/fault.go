@@ -24,15 +24,25 @@ const (
 	Permission
 	DataLoss
 	Unavailable
+	Cancelled
+	Deadline
 )
 
 var kindNames = [...]string{
 	"internal error", "invalid argument", "not found", "already exists", "stale generation",
 	"failed precondition", "out of range", "unsupported", "resource exhausted", "permission denied",
-	"data loss", "unavailable",
+	"data loss", "unavailable", "cancelled", "deadline exceeded",
 }
 
 func (k Kind) Error() string { return kindNames[k] }
+
+// Code is the kind's number where only a number travels: the ErrorCode of the wire.
+func (k Kind) Code() uint32 {
+	if k == Internal {
+		return uint32(Deadline) + 1
+	}
+	return uint32(k)
+}
 
 // Error is a fault in a request. Its text names the field, the value and the remedy, and never holds a
 // handle, an address or tensor data.

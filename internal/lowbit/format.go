@@ -6,6 +6,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/internal/simd"
 	"github.com/twilight-sidecar/twilight/kv"
 )
 
@@ -88,12 +89,12 @@ func (f Format) split(chunk []byte, t, dim int) (params, codes []byte) {
 }
 
 const (
-	block = 64 // vectors unpacked at a time: they stay in the first cache for all queries
-	spare = 3  // codes that the last byte of a vector may hold beyond its elements
+	block = 256 // vectors worked on at a time
+	few   = 4   // queries
 )
 
 // ScratchFloats is how much scratch Dots needs.
-func ScratchFloats(queries, dim int) int { return queries + block*dim + spare }
+func ScratchFloats(queries int) int { return queries }
 
 // Dots writes queries[n].vector(positions[i]) + constants[n] to out[n][i]. queries is [len(out)][dim],
 // constants [len(out)], and positions ascend.
@@ -101,48 +102,81 @@ func (f Format) Dots(
 	out [][]float32, queries, constants []float32,
 	records kv.Records, positions []int32, dim int, scratch []float32,
 ) {
-	sums, codes := scratch[:len(out)], scratch[len(out):ScratchFloats(len(out), dim)]
+	sums := scratch[:len(out)]
 	for n := range out {
 		sums[n] = vek32.Sum(queries[n*dim:][:dim])
 	}
-	var scales, zeros [block]float32
+	var b vectors
 	for at := 0; at < len(positions); at += block {
-		some := positions[at:min(at+block, len(positions))]
-		f.read(codes, &scales, &zeros, records, some, dim)
+		end := min(at+block, len(positions))
+		f.locate(&b, records, positions[at:min(end+simd.Ahead, len(positions))], dim)
+		for n := 0; n < len(out); n += few {
+			f.dots(out[n:min(n+few, len(out))], queries[n*dim:], at, end-at, dim, &b)
+		}
 		for n := range out {
-			dots := out[n][at:][:len(some)]
-			vek32.MatMul_Into(dots, codes[:len(some)*dim], queries[n*dim:][:dim], dim)
-			sum, constant := sums[n], constants[n]
-			for i, dot := range dots {
-				dots[i] = scales[i]*dot + (zeros[i]*sum + constant)
-			}
+			b.scale(out[n][at:end], sums[n], constants[n])
 		}
 	}
 }
 
-// read unpacks the codes [len(positions)][dim], scales and zeros of up to a block of positions.
-func (f Format) read(
-	codes []float32, scales, zeros *[block]float32, records kv.Records, positions []int32, dim int,
-) {
-	var header [2 * kv.ChunkTokens]float32
-	params := f.params()
-	var record []byte
-	current := -1
-	for i, p := range positions {
-		chunk, token := int(p)/kv.ChunkTokens, int(p)%kv.ChunkTokens
-		if chunk != current {
-			record, current = records.Chunk(chunk), chunk
-			kv.F16.Decode(header[:kv.ChunkTokens*params], record)
+// vectors are a block of vectors: their parameters, and where the codes of these and the next ones are.
+type vectors struct {
+	params        [2 * (block + simd.Ahead)]float32
+	scales, zeros [block + simd.Ahead]float32
+	codes         [block + simd.Ahead][]byte
+	n             int
+}
+
+// locate finds the vectors of positions, run by run of adjacent ones within a chunk.
+func (f Format) locate(b *vectors, records kv.Records, positions []int32, dim int) {
+	params, size := f.params(), f.codeBytes(dim)
+	b.n = len(positions)
+	for i := 0; i < b.n; {
+		p := uint32(positions[i])
+		record, token := records.Chunk(int(p/kv.ChunkTokens)), int(p%kv.ChunkTokens)
+		run := 1
+		for run < min(kv.ChunkTokens-token, b.n-i) && uint32(positions[i+run]) == p+uint32(run) {
+			run++
 		}
-		scales[i] = header[params*token]
-		if f.Symmetric {
-			zeros[i] = f.zeroOf(scales[i])
-		} else {
-			zeros[i] = header[params*token+1]
+		kv.F16.Decode(b.params[i*params:][:run*params], record[token*f.paramBytes():])
+		codes := record[kv.ChunkTokens*f.paramBytes()+token*size:]
+		for k := range b.codes[i:][:run] {
+			b.codes[i+k] = codes[k*size:][:size:size]
 		}
-		_, packed := f.split(record, token, dim)
-		// Spare codes spill over the next vector's place, which is written after.
-		unpack(codes[i*dim:], packed, f.Bits)
+		i += run
+	}
+	for i := range b.scales[:b.n] {
+		b.scales[i], b.zeros[i] = b.params[i*params], b.params[i*params+params-1]
+	}
+	if f.Symmetric {
+		vek32.MulNumber_Inplace(b.zeros[:b.n], f.zeroOf(1))
+	}
+}
+
+// dots multiplies a few queries and the codes of the first n vectors.
+func (f Format) dots(out [][]float32, queries []float32, at, n, dim int, b *vectors) {
+	var rows [few][]float32
+	for i := range out {
+		rows[i] = queries[i*dim:][:dim]
+	}
+	simd.Dots(f.codeType(), out, at, rows[:len(out)], b.codes[:b.n], n)
+}
+
+func (f Format) codeType() simd.Type {
+	switch f.Bits {
+	case 2:
+		return simd.U2
+	case 4:
+		return simd.U4
+	}
+	return simd.U8
+}
+
+// scale turns products with codes into products with vectors.
+func (b *vectors) scale(dots []float32, sum, constant float32) {
+	scales, zeros := b.scales[:len(dots)], b.zeros[:len(dots)]
+	for i, dot := range dots {
+		dots[i] = scales[i]*dot + (zeros[i]*sum + constant)
 	}
 }
 

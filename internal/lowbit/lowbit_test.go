@@ -10,6 +10,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/internal/simd"
 	"github.com/twilight-sidecar/twilight/kv"
 )
 
@@ -97,7 +98,7 @@ func TestDots(t *testing.T) {
 		for h := range out {
 			out[h] = make([]float32, len(positions))
 		}
-		f.Dots(out, queries, constants, r, positions, dim, make([]float32, ScratchFloats(heads, dim)))
+		f.Dots(out, queries, constants, r, positions, dim, make([]float32, ScratchFloats(heads)))
 		for i, p := range positions {
 			vector := plain(f, vectors[int(p)*dim:][:dim])
 			for h := range out {
@@ -134,7 +135,7 @@ func TestStaysWithinHalfAStep(t *testing.T) {
 		for d, want := range vector {
 			query, out := make([]float32, dim), [][]float32{{0}}
 			query[d] = 1
-			f.Dots(out, query, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1, dim)))
+			f.Dots(out, query, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1)))
 			if got := float64(out[0][0]); !(math.Abs(got-float64(want)) <= slack) {
 				t.Fatalf("element %d: %v, want %v +- %v", d, got, want, slack)
 			}
@@ -148,7 +149,7 @@ func TestKeepsZero(t *testing.T) {
 	for _, bits := range []int{2, 4, 8} {
 		f := Format{Bits: bits, Symmetric: true}
 		r, out := store(f, []float32{0, 1.7, -3.1}, 3), [][]float32{{9}}
-		f.Dots(out, []float32{1, 0, 0}, []float32{0}, r, []int32{0}, 3, make([]float32, ScratchFloats(1, 3)))
+		f.Dots(out, []float32{1, 0, 0}, []float32{0}, r, []int32{0}, 3, make([]float32, ScratchFloats(1)))
 		if out[0][0] != 0 {
 			t.Errorf("%d bits: 0 became %v", bits, out[0][0])
 		}
@@ -201,7 +202,7 @@ func TestUnusualVectors(t *testing.T) {
 				vector := slices.Repeat([]float32{test.second}, dim)
 				vector[0] = test.first
 				r, out := store(f, vector, dim), [][]float32{{0}}
-				f.Dots(out, ones, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1, dim)))
+				f.Dots(out, ones, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1)))
 				// fp16 keeps 11 bits of a scale.
 				slack := 1e-5
 				if symmetric {
@@ -226,9 +227,9 @@ func TestPack(t *testing.T) {
 			fractions[i] += .4
 		}
 		pack(packed, fractions, bits)
-		got := make([]float32, len(packed)*8/bits)
-		unpack(got, packed, bits)
-		if !slices.Equal(got[:len(values)], values) {
+		got := make([]float32, len(values))
+		simd.Decode(Format{Bits: bits}.codeType(), got, packed)
+		if !slices.Equal(got, values) {
 			t.Fatalf("%d bits: %v, want %v", bits, got, values)
 		}
 	})
@@ -257,7 +258,7 @@ func BenchmarkDots(b *testing.B) {
 	for p := range positions {
 		positions[p] = int32(p)
 	}
-	query, scratch := normal(2, dim), make([]float32, ScratchFloats(1, dim))
+	query, scratch := normal(2, dim), make([]float32, ScratchFloats(1))
 	for b.Loop() {
 		f.Dots(out, query, []float32{0}, r, positions, dim, scratch)
 	}

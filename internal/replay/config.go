@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
+	"github.com/twilight-sidecar/twilight/selector"
 )
 
 // Overrides change single keys of a Twilight config. Zero fields change nothing.
@@ -68,13 +69,7 @@ func hasBudget(kind string) bool {
 	if err != nil {
 		return true
 	}
-	defaults, err := json.Marshal(method.Default())
-	var keys map[string]json.RawMessage
-	if err != nil || json.Unmarshal(defaults, &keys) != nil {
-		return true
-	}
-	_, has := keys["token_budget"]
-	return has
+	return selector.HasBudget(method.Default())
 }
 
 // part is one method of a config.

@@ -36,6 +36,8 @@ type Options struct {
 	DType    client.DType // F16 if 0
 	// Seed shuffles the cache's pages.
 	Seed uint64
+	// Armed arms each step's layers, in place of a message a layer.
+	Armed bool
 
 	// Pace is the least time from a step to the next, for those who watch.
 	Pace time.Duration
@@ -54,6 +56,9 @@ type engine struct {
 	cache         *client.Cache
 	kv            *client.Buffer
 	query, output *client.Buffer
+	lists         *client.Buffer // of armed steps
+	how           client.Arming
+	prefill       *client.Buffer // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
 }
@@ -133,10 +138,22 @@ func (e *engine) lend(ctx context.Context) error {
 		return err
 	}
 	g := e.session.Geometry()
-	if e.query, err = e.session.NewBuffer(ctx, c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
+	tensors := 1 // that of the layer that runs
+	if e.Armed {
+		tensors = len(c.Layers)
+	}
+	if e.query, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
 		return err
 	}
-	if e.output, err = e.session.NewBuffer(ctx, c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+	if e.output, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+		return err
+	}
+	if e.Armed {
+		if err := e.describe(ctx); err != nil {
+			return err
+		}
+	}
+	if err := e.lendPrefill(ctx); err != nil {
 		return err
 	}
 	spec := client.CacheSpec{
@@ -195,7 +212,7 @@ func (e *engine) decode(ctx context.Context, j *judge) error {
 	for step := range c.Steps {
 		next := time.After(e.Pace)
 		if err := e.step(ctx, j, step); err != nil {
-			return err
+			return fmt.Errorf("step %d: %w", step, err)
 		}
 		if err := j.judge(step); err != nil {
 			return fmt.Errorf("step %d: %w", step, err)
@@ -216,21 +233,30 @@ func (e *engine) step(ctx context.Context, j *judge, step int) error {
 	ctx, span := e.Tracer.Start(ctx, telemetry.SpanReplay, trace.WithAttributes(attribute.Int(telemetry.AttrReplayStep, step)))
 	defer span.End()
 	e.write(c.N+step, c.N+step+1)
+	if e.Armed && (step > 0 || e.prefill == nil) { // an observation goes by a message
+		return e.decodeArmed(ctx, j, step)
+	}
+	return e.decodeByMessages(ctx, j, step)
+}
+
+// decodeByMessages runs a step whose token is in the cache, a message a layer.
+func (e *engine) decodeByMessages(ctx context.Context, j *judge, step int) error {
+	c, g := e.Capture, e.session.Geometry()
 	start := time.Now()
 	batch := e.batch(c.N+step+1, false)
 	batch.Trace = client.TraceOf(ctx)
 	declared, err := e.cache.Step(ctx, batch)
 	if err != nil {
-		return fmt.Errorf("step %d: %w", step, err)
+		return err
 	}
 	e.facts.Decode += time.Since(start)
 	for layer := range c.Layers {
 		result, err := e.layer(ctx, declared, step, layer)
 		if err == nil {
-			err = j.take(layer, result, e.session.Geometry().DecodeOutput(nil, e.output.Bytes()))
+			err = j.take(layer, result, g.DecodeOutput(nil, e.output.Bytes()[:c.QueryHeads*c.VDim*g.Output.Size()]))
 		}
 		if err != nil {
-			return fmt.Errorf("step %d, layer %d: %w", step, c.Layers[layer].Index, err)
+			return fmt.Errorf("layer %d: %w", c.Layers[layer].Index, err)
 		}
 	}
 	return nil
@@ -262,12 +288,17 @@ func (e *engine) layer(ctx context.Context, step *client.Step, s, layer int) (*c
 	c, g := e.Capture, e.session.Geometry()
 	g.EncodeQuery(e.query.Bytes()[:0], c.Layers[layer].Q[s*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
 	clear(e.output.Bytes())
+	var observation *client.Observation
+	if s == 0 {
+		observation = e.observe(layer)
+	}
 	start := time.Now()
 	result, err := step.Layer(ctx, client.Layer{
-		Layer:   c.Layers[layer].Index,
-		QueryAt: &client.Tensor{Location: client.Location{Buffer: e.query}},
-		Output:  &client.Tensor{Location: client.Location{Buffer: e.output}},
-		Lists:   true,
+		Layer:       c.Layers[layer].Index,
+		QueryAt:     &client.Tensor{Location: client.Location{Buffer: e.query}},
+		Output:      &client.Tensor{Location: client.Location{Buffer: e.output}},
+		Lists:       true,
+		Observation: observation,
 	})
 	e.facts.Decode += time.Since(start)
 	return result, err

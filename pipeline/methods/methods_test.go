@@ -16,9 +16,10 @@ func TestNew(t *testing.T) {
 		name      string
 		got, want []string
 	}{
-		{"compressors", m.Compressors.Types(), []string{"none"}},
+		{"compressors", m.Compressors.Types(), []string{"none", "snap_kv"}},
 		{"selectors", m.Selectors.Types(), []string{
-			"ds", "duo", "magicpig", "none", "oracle_topk", "pqcache", "quest", "sparq", "streaming",
+			"adakv", "ds", "duo", "h2o", "magicpig", "none", "oracle_topk", "pqcache", "pyramidkv", "quest", "sparq", "streaming",
+			"tidal_decode",
 		}},
 		{"estimators", m.Estimators.Types(), []string{"max_quant", "min_max_quant", "none"}},
 		{"pruners", m.Pruners.Types(), []string{"none", "threshold", "top_p"}},

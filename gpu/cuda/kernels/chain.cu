@@ -382,23 +382,30 @@ __device__ double outside(const Layer &l, RowIndex r, int row, int head, float t
 			bound = softcap(bound, l.softcap);
 		return bound - top;
 	};
-	if (taken < kLeastPoints)
-		return kNaN;
-	double sums[5] = {}; // of x, y, x*x, x*y, weight
+	double shift = n > 1 && isfinite(bounds[1]) ? relative(bounds[1]) : 0; // keeps the squares small
+	double sums[7] = {}; // of the points: 1, x, y, x*x, x*y, y*y; of all candidates: weight
 	for (int i = tid; i < taken; i += blockDim.x) {
 		float sum = 0;
 		for (int t = 0; t < kChunk; t++) {
 			float logit = logits[i * kChunk + t];
 			sum += logit == -kInfinity ? 0 : expf(fmaxf(logit - top, kLowest));
 		}
-		double x = relative(bounds[candidates[i] - first]), y = log(double(sum));
-		sums[0] += x, sums[1] += y, sums[2] += x * x, sums[3] += x * y, sums[4] += sum;
+		sums[6] += sum;
+		int c = candidates[i] - first;
+		if (c < 1 || c >= n - 1 || !isfinite(bounds[c]))
+			continue;
+		double x = relative(bounds[c]) - shift, y = log(double(sum));
+		sums[0] += 1, sums[1] += x, sums[2] += y, sums[3] += x * x, sums[4] += x * y, sums[5] += y * y;
 	}
 	for (double &sum : sums)
 		sum = block_sum(sum, scan);
-	double spread = taken * sums[2] - sums[0] * sums[0];
-	double m = spread > 0 ? (taken * sums[3] - sums[0] * sums[1]) / spread : 0;
-	float slope = float(m), offset = float((sums[1] - m * sums[0]) / taken);
+	double points = sums[0];
+	if (points < kLeastPoints)
+		return kNaN;
+	double xx = sums[3] - sums[1] * sums[1] / points, xy = sums[4] - sums[1] * sums[2] / points,
+	       yy = sums[5] - sums[2] * sums[2] / points;
+	double slope = xx > 0 ? xy / xx : 0, half = fmax(0., yy - slope * xy) / (points - 2) / 2, bend = xx > 0 ? half / xx : 0;
+	double level = sums[2] / points + half * (1 + 1 / points), centre = shift + sums[1] / points;
 
 	bool known = true;
 	double weight = 0;
@@ -408,12 +415,12 @@ __device__ double outside(const Layer &l, RowIndex r, int row, int head, float t
 		if (at < taken && candidates[at] - first == c)
 			continue;
 		known &= isfinite(bounds[c]);
-		float bound = relative(bounds[c]);
-		float guess = fminf(fminf(slope * bound + offset, bound + logf(kChunk)), kMostLog);
-		weight += expf(fmaxf(guess, kLowest));
+		float bound = relative(bounds[c]), away = float(bound - centre);
+		float guess = (float(bend) * away + float(slope)) * away + float(level);
+		weight += expf(fmaxf(fminf(fminf(guess, bound + logf(kChunk)), kMostLog), kLowest));
 	}
 	weight = block_sum(weight, scan);
-	return __syncthreads_and(known) ? weight / sums[4] : kNaN;
+	return __syncthreads_and(known) ? weight / sums[6] : kNaN;
 }
 
 // Where a head's candidates are cut: a block a (list row, asking head). cuts holds the least key kept

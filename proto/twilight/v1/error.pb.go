@@ -49,7 +49,8 @@ const (
 	ErrorCode_ERROR_CODE_DATA_LOSS ErrorCode = 10
 	// The daemon is draining.
 	ErrorCode_ERROR_CODE_UNAVAILABLE ErrorCode = 11
-	ErrorCode_ERROR_CODE_CANCELLED   ErrorCode = 12
+	// Given up by the engine, or with an armed step before it.
+	ErrorCode_ERROR_CODE_CANCELLED ErrorCode = 12
 	// A bound on waiting ran out.
 	ErrorCode_ERROR_CODE_DEADLINE_EXCEEDED ErrorCode = 13
 	// A bug of ours; the message is for its report.

@@ -990,7 +990,9 @@ type RegisterCache struct {
 	Layers []*CacheLayer `protobuf:"bytes,8,rep,name=layers,proto3" json:"layers,omitempty"`
 	// Where page_size is not a multiple of 16, shadow chunks belong to sequences and their number must
 	// be known: the most tokens that all live sequences hold together, counting a shared prefix once
-	// where it is claimed. 0 means num_pages * page_size.
+	// where it is claimed. 0 means num_pages * page_size. Whatever page_size, it also bounds the tokens of
+	// all live sequences where a method remembers each (selector h2o, compressor snap_kv), which counts a
+	// shared prefix for each.
 	MaxTokens uint64 `protobuf:"varint,9,opt,name=max_tokens,json=maxTokens,proto3" json:"max_tokens,omitempty"`
 	// Answer the shadow's size and take nothing.
 	SizeOnly      bool `protobuf:"varint,10,opt,name=size_only,json=sizeOnly,proto3" json:"size_only,omitempty"`

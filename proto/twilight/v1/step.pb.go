@@ -233,9 +233,11 @@ type Step struct {
 	// Index what is new in all layers now, run no attention; no Layer follows. Done after a prefill, so
 	// that the first decode step need not.
 	IndexOnly bool `protobuf:"varint,10,opt,name=index_only,json=indexOnly,proto3" json:"index_only,omitempty"`
-	// Lengths, tables and slots that the device reads when the step runs; replaces the columns above.
+	// Lengths, tables and slots that the device reads when the step begins; replaces the columns above. Only
+	// with armed.
 	Device *DeviceBatch `protobuf:"bytes,11,opt,name=device,proto3" json:"device,omitempty"`
-	// All layers of the step meet the engine at words in lent memory instead of by Layer messages.
+	// All layers of the step meet the engine at words in lent memory instead of by Layer messages. Not with
+	// index_only.
 	Armed *Armed `protobuf:"bytes,12,opt,name=armed,proto3" json:"armed,omitempty"`
 	// W3C trace context of the engine's step; empty when the engine does not trace.
 	Traceparent   string `protobuf:"bytes,13,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
@@ -558,8 +560,10 @@ func (x *WrittenSlots) GetSlots() []int64 {
 	return nil
 }
 
-// A batch that the engine knows only on the device (asynchronous scheduling). Values are checked on
-// the device; a row that fails is answered as a void row with PATH_REASON_BAD_ROW.
+// A batch that the engine knows only on the device (asynchronous scheduling). Its rows are anonymous, and
+// slots tell what is new: page_size must be a multiple of 16. Values are checked on the device; a row that
+// fails is answered as a void row with PATH_REASON_BAD_ROW, a slot that does fails the step. Behind a step
+// with such a batch only another can be armed.
 type DeviceBatch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rows, void ones included (B).
@@ -667,20 +671,27 @@ func (x *DeviceBatch) GetMaxLength() uint32 {
 	return 0
 }
 
-// Words are 32-bit, 4-byte aligned, in regions lent read-write. Per layer, once q and the new K and V
-// are in place, the engine's stream rings `ready`; the daemon consumes it, runs the layer and rings
-// `done`, which the engine's stream consumes. Ringing writes 1, waiting means word == 1, consuming
-// writes 0. On failure `status` is written before any `done`, and outputs are poisoned with NaN: the
-// engine checks `status` before it uses the step.
+// The words at which a step's layers meet the engine, 32-bit each, in regions lent read-write. ARMED.md
+// beside this file is their protocol. In short: the engine zeroes all words and rings `step`; per layer,
+// once q and the new K and V are in place, it rings `ready`, the daemon runs the layer and rings `done`.
+// Of a cache at most two steps are armed at a time.
 type Armed struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Layers []*ArmedLayer          `protobuf:"bytes,1,rep,name=layers,proto3" json:"layers,omitempty"`
-	// Rung by the engine's host before it replays the step.
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order in which the engine runs them, each at most once.
+	Layers []*ArmedLayer `protobuf:"bytes,1,rep,name=layers,proto3" json:"layers,omitempty"`
+	// Holds the low 32 bits of step_id, which must not be 0, once the step has begun.
 	Step *Location `protobuf:"bytes,2,opt,name=step,proto3" json:"step,omitempty"`
-	// 0 while all is well, else an ErrorCode.
+	// 0 while all is well, else an ErrorCode. Written before the `done` words that it releases; the engine
+	// checks it before it uses the step.
 	Status *Location `protobuf:"bytes,3,opt,name=status,proto3" json:"status,omitempty"`
-	// Milliseconds that the daemon waits for any one `ready`; 0 takes the daemon's default.
+	// Milliseconds that the daemon waits for any one word; 0 takes the default, 5000.
 	WaitTimeoutMs uint32 `protobuf:"varint,4,opt,name=wait_timeout_ms,json=waitTimeoutMs,proto3" json:"wait_timeout_ms,omitempty"`
+	// Layers, step and status are those of the last step that was armed on the cache: what a captured graph
+	// has need not be said in each step, nor read by the daemon. Refused (FAILED_PRECONDITION) where there is
+	// none, another was refused since, or a region that it names was released or replaced.
+	AsBefore bool `protobuf:"varint,5,opt,name=as_before,json=asBefore,proto3" json:"as_before,omitempty"`
+	// ArmedStepDone brings the layers' results.
+	LayerResults  bool `protobuf:"varint,6,opt,name=layer_results,json=layerResults,proto3" json:"layer_results,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -743,14 +754,31 @@ func (x *Armed) GetWaitTimeoutMs() uint32 {
 	return 0
 }
 
+func (x *Armed) GetAsBefore() bool {
+	if x != nil {
+		return x.AsBefore
+	}
+	return false
+}
+
+func (x *Armed) GetLayerResults() bool {
+	if x != nil {
+		return x.LayerResults
+	}
+	return false
+}
+
 type ArmedLayer struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Layer         uint32                 `protobuf:"varint,1,opt,name=layer,proto3" json:"layer,omitempty"`
-	Ready         *Location              `protobuf:"bytes,2,opt,name=ready,proto3" json:"ready,omitempty"`
-	Done          *Location              `protobuf:"bytes,3,opt,name=done,proto3" json:"done,omitempty"`
-	Query         *Tensor                `protobuf:"bytes,4,opt,name=query,proto3" json:"query,omitempty"`
-	Output        *Tensor                `protobuf:"bytes,5,opt,name=output,proto3" json:"output,omitempty"`
-	Lists         *ListBuffer            `protobuf:"bytes,6,opt,name=lists,proto3" json:"lists,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Layer uint32                 `protobuf:"varint,1,opt,name=layer,proto3" json:"layer,omitempty"`
+	// Words: 0, then 1 once rung.
+	Ready *Location `protobuf:"bytes,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	Done  *Location `protobuf:"bytes,3,opt,name=done,proto3" json:"done,omitempty"`
+	Query *Tensor   `protobuf:"bytes,4,opt,name=query,proto3" json:"query,omitempty"`
+	// NaN in every layer that was not done when the step failed.
+	Output *Tensor `protobuf:"bytes,5,opt,name=output,proto3" json:"output,omitempty"`
+	// Absent: no lists.
+	Lists         *ListBuffer `protobuf:"bytes,6,opt,name=lists,proto3" json:"lists,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -954,6 +982,8 @@ func (x *IndexStats) GetStatisticsRefreshed() uint32 {
 	return 0
 }
 
+// No layer of the step follows. An armed step fails, and with it what is armed behind it; ArmedStepDone
+// tells when.
 type CancelStep struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	CacheId       uint32                 `protobuf:"varint,1,opt,name=cache_id,json=cacheId,proto3" json:"cache_id,omitempty"`
@@ -1042,13 +1072,16 @@ func (*StepCancelled) Descriptor() ([]byte, []int) {
 	return file_twilight_v1_step_proto_rawDescGZIP(), []int{10}
 }
 
+// The daemon has let go of the step's words and tensors.
 type ArmedStepDone struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	StepId uint64                 `protobuf:"varint,1,opt,name=step_id,json=stepId,proto3" json:"step_id,omitempty"`
-	// Set if the step failed.
+	// Set if the step failed. Its field is a path as in "step.armed.layers[3].ready".
 	Error *Error `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// In the order of Armed.layers, without outputs and inline lists.
+	// If Armed.layer_results, in the order of Armed.layers, without outputs and inline lists: all of them, or
+	// those that were done before the step failed.
 	Layers        []*LayerResult `protobuf:"bytes,3,rep,name=layers,proto3" json:"layers,omitempty"`
+	CacheId       uint32         `protobuf:"varint,4,opt,name=cache_id,json=cacheId,proto3" json:"cache_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1102,6 +1135,13 @@ func (x *ArmedStepDone) GetLayers() []*LayerResult {
 		return x.Layers
 	}
 	return nil
+}
+
+func (x *ArmedStepDone) GetCacheId() uint32 {
+	if x != nil {
+		return x.CacheId
+	}
+	return 0
 }
 
 // A tensor [B, H, D] in lent memory. D is contiguous.
@@ -1404,10 +1444,15 @@ func (*Layer_QueryInline) isLayer_Query() {}
 
 func (*Layer_QueryTensor) isLayer_Query() {}
 
-// Prefill attention that the daemon cannot see, of every row of the step. Each part is optional.
+// Prefill attention that the daemon cannot see, of every row of the step: where other sequences are under
+// way, declare a step of the prefilled ones alone first, and send its layers without a query. The prefill
+// ended before the position of the query or, without a query, with the last one. A later observation of a
+// sequence replaces what was made of an earlier one. Each part is optional; one that no method looks at is
+// ignored, if another is looked at.
 type Observation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Queries of the prefill's last `window` positions: [B, window, Hq, Dk] of query_dtype, packed.
+	// Queries of the prefill's last `window` positions: [B, window, Hq, Dk] of query_dtype, packed. At least
+	// as many as the method looks at, unless it keeps the whole prompt anyway.
 	Window uint32 `protobuf:"varint,1,opt,name=window,proto3" json:"window,omitempty"`
 	// Types that are valid to be assigned to WindowQueries:
 	//
@@ -1415,7 +1460,7 @@ type Observation struct {
 	//	*Observation_WindowQueriesAt
 	WindowQueries isObservation_WindowQueries `protobuf_oneof:"window_queries"`
 	// Softmax weight that each position got from all prefill queries together: float32
-	// [B, Hq, mass_tokens], packed; 0 past a row's length.
+	// [B, Hq, mass_tokens], packed; what lies past a row's prefill is ignored.
 	MassTokens uint32 `protobuf:"varint,4,opt,name=mass_tokens,json=massTokens,proto3" json:"mass_tokens,omitempty"`
 	// Types that are valid to be assigned to Mass:
 	//
@@ -1829,23 +1874,26 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"\vtruncate_to\x18\x03 \x03(\x05R\n" +
 	"truncateTo\"$\n" +
 	"\fWrittenSlots\x12\x14\n" +
-	"\x05slots\x18\x01 \x03(\x03R\x05slots\"\xf0\x02\n" +
+	"\x05slots\x18\x01 \x03(\x03R\x05slots\"\xf8\x02\n" +
 	"\vDeviceBatch\x12\x1d\n" +
 	"\x05batch\x18\x01 \x01(\rB\a\xbaH\x04*\x02(\x01R\x05batch\x127\n" +
 	"\alengths\x18\x02 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\alengths\x123\n" +
 	"\x05table\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x05table\x12*\n" +
-	"\ftable_stride\x18\x04 \x01(\rB\a\xbaH\x04*\x02(\x01R\vtableStride\x12+\n" +
-	"\x05slots\x18\x05 \x01(\v2\x15.twilight.v1.LocationR\x05slots\x12\x1b\n" +
+	"\ftable_stride\x18\x04 \x01(\rB\a\xbaH\x04*\x02(\x01R\vtableStride\x123\n" +
+	"\x05slots\x18\x05 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x05slots\x12\x1b\n" +
 	"\tnum_slots\x18\x06 \x01(\rR\bnumSlots\x126\n" +
 	"\vfirst_valid\x18\a \x01(\v2\x15.twilight.v1.LocationR\n" +
 	"firstValid\x12&\n" +
 	"\n" +
-	"max_length\x18\b \x01(\rB\a\xbaH\x04*\x02(\x01R\tmaxLength\"\xd4\x01\n" +
-	"\x05Armed\x129\n" +
-	"\x06layers\x18\x01 \x03(\v2\x17.twilight.v1.ArmedLayerB\b\xbaH\x05\x92\x01\x02\b\x01R\x06layers\x121\n" +
-	"\x04step\x18\x02 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x04step\x125\n" +
-	"\x06status\x18\x03 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x06status\x12&\n" +
-	"\x0fwait_timeout_ms\x18\x04 \x01(\rR\rwaitTimeoutMs\"\xa1\x02\n" +
+	"max_length\x18\b \x01(\rB\a\xbaH\x04*\x02(\x01R\tmaxLength\"\x80\x04\n" +
+	"\x05Armed\x12:\n" +
+	"\x06layers\x18\x01 \x03(\v2\x17.twilight.v1.ArmedLayerB\t\xbaH\x06\x92\x01\x03\x10\x80 R\x06layers\x12)\n" +
+	"\x04step\x18\x02 \x01(\v2\x15.twilight.v1.LocationR\x04step\x12-\n" +
+	"\x06status\x18\x03 \x01(\v2\x15.twilight.v1.LocationR\x06status\x121\n" +
+	"\x0fwait_timeout_ms\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\xe0\xd4\x03R\rwaitTimeoutMs\x12\x1b\n" +
+	"\tas_before\x18\x05 \x01(\bR\basBefore\x12#\n" +
+	"\rlayer_results\x18\x06 \x01(\bR\flayerResults:\xeb\x01\xbaH\xe7\x01\x1a\xe4\x01\n" +
+	"\x0farmed.as_before\x12Alayers, step and status must be given, or left out with as_before\x1a\x8d\x01this.as_before ? size(this.layers) == 0 && !has(this.step) && !has(this.status) : size(this.layers) > 0 && has(this.step) && has(this.status)\"\xa1\x02\n" +
 	"\n" +
 	"ArmedLayer\x12\x14\n" +
 	"\x05layer\x18\x01 \x01(\rR\x05layer\x123\n" +
@@ -1868,11 +1916,12 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"CancelStep\x12\"\n" +
 	"\bcache_id\x18\x01 \x01(\rB\a\xbaH\x04*\x02(\x01R\acacheId\x12 \n" +
 	"\astep_id\x18\x02 \x01(\x04B\a\xbaH\x042\x02(\x01R\x06stepId\"\x0f\n" +
-	"\rStepCancelled\"\x84\x01\n" +
+	"\rStepCancelled\"\x9f\x01\n" +
 	"\rArmedStepDone\x12\x17\n" +
 	"\astep_id\x18\x01 \x01(\x04R\x06stepId\x12(\n" +
 	"\x05error\x18\x02 \x01(\v2\x12.twilight.v1.ErrorR\x05error\x120\n" +
-	"\x06layers\x18\x03 \x03(\v2\x18.twilight.v1.LayerResultR\x06layers\"\x95\x01\n" +
+	"\x06layers\x18\x03 \x03(\v2\x18.twilight.v1.LayerResultR\x06layers\x12\x19\n" +
+	"\bcache_id\x18\x04 \x01(\rR\acacheId\"\x95\x01\n" +
 	"\x06Tensor\x12-\n" +
 	"\x02at\x18\x01 \x01(\v2\x15.twilight.v1.LocationB\x06\xbaH\x03\xc8\x01\x01R\x02at\x12,\n" +
 	"\n" +

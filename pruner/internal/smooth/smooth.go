@@ -152,7 +152,7 @@ func (e Estimator) Index(head, chunk []byte, keys []float32, dim int, _, fresh u
 // Logits implements pruner.Estimator.
 func (e Estimator) Logits(logits [][]float32, row *pruner.Row, positions []int32) {
 	dim, heads := row.Dim, len(row.Queries)
-	f32 := slices.Grow(row.Scratch[:0], (3+heads)*dim+heads+lowbit.ScratchFloats(heads, dim))
+	f32 := slices.Grow(row.Scratch[:0], (3+heads)*dim+heads+lowbit.ScratchFloats(heads))
 	row.Scratch = f32
 	take := func(n int) []float32 {
 		f32 = f32[:n]
@@ -178,7 +178,7 @@ func (e Estimator) Logits(logits [][]float32, row *pruner.Row, positions []int32
 			vek32.Mul_Inplace(q, s)
 		}
 	}
-	e.Format.Dots(logits, folded, constants, row.Records, positions, dim, take(lowbit.ScratchFloats(heads, dim)))
+	e.Format.Dots(logits, folded, constants, row.Records, positions, dim, take(lowbit.ScratchFloats(heads)))
 }
 
 func isFinite(f float32) bool { return f-f == 0 }

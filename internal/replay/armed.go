@@ -1,0 +1,98 @@
+package replay
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"time"
+
+	"github.com/twilight-sidecar/twilight/client"
+)
+
+const entryBytes = 4 // of lists and their counts
+
+// listRows is the most list rows of a layer.
+func (e *engine) listRows() int { return e.Capture.QueryHeads }
+
+// listBytes is what a layer's lists take, their counts included.
+func (e *engine) listBytes() int { return e.listRows() * (e.Capture.Tokens() + 1) * entryBytes }
+
+// describe says where the tensors of armed steps lie.
+func (e *engine) describe(ctx context.Context) (err error) {
+	c, g := e.Capture, e.session.Geometry()
+	if e.lists, err = e.session.NewBuffer(ctx, len(c.Layers)*e.listBytes(), client.ReadWrite); err != nil {
+		return err
+	}
+	query, output := c.QueryHeads*c.KDim*g.Query.Size(), c.QueryHeads*c.VDim*g.Output.Size()
+	e.how.Results = true
+	for i := range c.Layers {
+		lists := i * e.listBytes()
+		e.how.Layers = append(e.how.Layers, client.ArmedLayer{
+			Layer:  c.Layers[i].Index,
+			Query:  client.Tensor{Location: client.Location{Buffer: e.query, Offset: i * query}},
+			Output: client.Tensor{Location: client.Location{Buffer: e.output, Offset: i * output}},
+			ListBuffer: &client.ListBuffer{
+				Counts:   client.Location{Buffer: e.lists, Offset: lists},
+				Lists:    client.Location{Buffer: e.lists, Offset: lists + e.listRows()*entryBytes},
+				Capacity: c.Tokens(),
+			},
+		})
+	}
+	return nil
+}
+
+// decodeArmed runs a step whose token is in the cache, armed.
+func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
+	c, g := e.Capture, e.session.Geometry()
+	query, output := e.query.Size()/len(c.Layers), e.output.Size()/len(c.Layers)
+	for i := range c.Layers {
+		g.EncodeQuery(e.query.Bytes()[i*query:][:0], c.Layers[i].Q[step*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
+	}
+	clear(e.output.Bytes())
+	start := time.Now()
+	batch := e.batch(c.N+step+1, false)
+	batch.Trace = client.TraceOf(ctx)
+	armed, err := e.cache.Arm(ctx, batch, e.how)
+	if err != nil {
+		return err
+	}
+	for i := range c.Layers {
+		armed.Layer(i).Ready()
+		if err := armed.Layer(i).Wait(ctx); err != nil {
+			return err
+		}
+	}
+	e.facts.Decode += time.Since(start)
+	results, err := armed.Results(ctx)
+	if err != nil {
+		return err
+	}
+	for i, r := range results {
+		if err := e.readLists(i, r); err != nil {
+			return err
+		}
+		if err := j.take(i, r, g.DecodeOutput(nil, e.output.Bytes()[i*output:][:output])); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readLists takes a layer's lists from the buffer.
+func (e *engine) readLists(layer int, r *client.LayerResult) error {
+	counts := e.lists.Bytes()[layer*e.listBytes():][:e.listBytes()]
+	lists := counts[e.listRows()*entryBytes:]
+	if len(r.Kept) > e.listRows() {
+		return fmt.Errorf("the daemon answered %d list rows, at most %d were expected", len(r.Kept), e.listRows())
+	}
+	for row, kept := range r.Kept {
+		if n := binary.LittleEndian.Uint32(counts[row*entryBytes:]); n != kept || int(n) > e.Capture.Tokens() {
+			return fmt.Errorf("list row %d has %d tokens, but the daemon counts %d kept", row, n, kept)
+		}
+		list := lists[row*e.Capture.Tokens()*entryBytes:]
+		for i := range kept {
+			r.Lists = append(r.Lists, int32(binary.LittleEndian.Uint32(list[i*entryBytes:])))
+		}
+	}
+	return nil
+}
