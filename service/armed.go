@@ -62,12 +62,17 @@ func (l *lease) arm(ctx context.Context, c *cache, req *twilightv1.Step) (*twili
 		}
 	}
 	id, results := req.GetStepId(), req.GetArmed().GetLayerResults()
+	layers := make([]int, len(a.step.Layers))
+	for i := range layers {
+		layers[i] = a.step.Layers[i].Layer
+	}
 	a.step.ID = uint32(id)
 	a.step.WaitTimeout = time.Duration(req.GetArmed().GetWaitTimeoutMs()) * time.Millisecond
 	pending, answered, message := a.pending, a.answered, a.message
 	a.step.Done = func(r *gpu.ArmedResult) {
 		<-answered
 		pending.Add(-1)
+		l.telemetry.ArmedDone(req.GetCacheId(), id, layers, r.Layers, failureFrom(fault.In("step", r.Err)))
 		l.armedDone(message.set(req.GetCacheId(), id, r, results), r.Err)
 	}
 	pending.Add(1)

@@ -98,10 +98,7 @@ func (l *lease) begin(ctx context.Context, req *twilightv1.LeaseRequest, receive
 
 // end tells that a request is answered.
 func (l *lease) end(req *twilightv1.LeaseRequest, resp *twilightv1.LeaseResponse) {
-	var failure *telemetry.Failure
-	if e := resp.GetError(); e != nil {
-		failure = &telemetry.Failure{Code: codeName(e.GetCode()), Field: e.GetField(), Message: e.GetMessage()}
-	}
+	failure := failureOf(resp.GetError())
 	switch req.GetRequest().(type) {
 	case *twilightv1.LeaseRequest_Step:
 		index := resp.GetStepResult().GetIndex()
@@ -116,6 +113,22 @@ func (l *lease) end(req *twilightv1.LeaseRequest, resp *twilightv1.LeaseResponse
 	default:
 		l.telemetry.End(failure)
 	}
+}
+
+// failureFrom is an error as telemetry has it; nil for none.
+func failureFrom(err error) *telemetry.Failure {
+	if err == nil {
+		return nil
+	}
+	e, _ := toError(err)
+	return failureOf(e)
+}
+
+func failureOf(e *twilightv1.Error) *telemetry.Failure {
+	if e == nil {
+		return nil
+	}
+	return &telemetry.Failure{Code: codeName(e.GetCode()), Field: e.GetField(), Message: e.GetMessage()}
 }
 
 // codeName is a code as telemetry has it: "invalid_argument".

@@ -416,3 +416,36 @@ func TestTraceOfCalls(t *testing.T) {
 		return m.GetUnit() == "s" && len(m.GetHistogram().GetDataPoints()) == 2
 	})
 }
+
+// An armed step has the spans and metrics of any other, though its layers come without messages.
+func TestTraceOfArmedSteps(t *testing.T) {
+	c := otlptest.Start(t, nil)
+	e := startHost(t, Config{Telemetry: told(t, c)}).armedLease()
+	const steps = 3
+	for id := range uint64(steps) {
+		armed := armedStep(id + 1)
+		armed.GetStep().Traceparent = sampledParent
+		e.arm(armed)
+		e.replay(id + 1)
+	}
+	c.Wait(t, "the spans", func() bool {
+		return len(spansNamed(c, "twilight.step")) == steps && len(spansNamed(c, "twilight.layer")) == steps
+	})
+	parents := make(map[string]bool)
+	for _, step := range spansNamed(c, "twilight.step") {
+		parents[string(step.GetSpanId())] = true
+		if hex.EncodeToString(step.GetParentSpanId()) != engineSpan || attr(step, "twilight.step.layers") != int64(1) ||
+			attr(step, "twilight.tokens.kept") != int64(40) {
+			t.Errorf("step %v", step)
+		}
+	}
+	for _, layer := range spansNamed(c, "twilight.layer") {
+		if kept, ok := attr(layer, "twilight.row.kept").([]any); !ok || len(kept) != 2 || !parents[string(layer.GetParentSpanId())] {
+			t.Errorf("layer %v", layer)
+		}
+	}
+	c.Wait(t, "the rows", func() bool {
+		points := c.Metric("twilight.rows").GetSum().GetDataPoints()
+		return len(points) == 1 && points[0].GetAsInt() == 2*steps
+	})
+}

@@ -420,6 +420,42 @@ func (l *Lease) EndLayer(r *gpu.LayerResult, failure *Failure) {
 	l.answered(failure, &m)
 }
 
+// ArmedDone tells that an armed step is over: layers are the model's indices, results what became of
+// them, as far as it came. It may be called beside Begin and End. A step that is not the cache's last
+// has been told as over already.
+func (l *Lease) ArmedDone(cache uint32, id uint64, layers []int, results []gpu.LayerResult, failure *Failure) {
+	if l == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c := l.caches[cache]
+	if c == nil || c.step.id != id || c.step.span == nil {
+		return
+	}
+	serving := l.call
+	defer func() { l.call = serving }()
+	m := moment{at: time.Now(), span: c.step.span.SpanContext()}
+	begun := m.at
+	for i := range results {
+		begun = begun.Add(-results[i].Timing.Wall)
+	}
+	for i := range min(len(layers), len(results)) {
+		r := &results[i]
+		l.call = call{kind: LayerRequest, cache: cache, layer: layers[i], ctx: c.step.ctx, begun: begun}
+		begun = begun.Add(r.Timing.Wall)
+		m.at = begun
+		l.ran(r, &m)
+		if m.span.IsSampled() {
+			l.layerSpan(r, nil, &m)
+		}
+	}
+	if failure != nil {
+		fail(c.step.span, failure)
+	}
+	l.finish(c)
+}
+
 // ran takes a layer's result.
 func (l *Lease) ran(r *gpu.LayerResult, m *moment) {
 	c := l.caches[l.call.cache]
