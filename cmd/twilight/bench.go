@@ -51,13 +51,16 @@ read rate, or its operations at the measured dot rate, have to take.`
 }
 
 // benchConfig is a Twilight config and its name in the table.
-type benchConfig struct{ name, config string }
+type benchConfig struct {
+	name, config string
+	session      *client.Session // on the way through the service
+}
 
 // builtIn are the configs that are timed unless others are named; candidates are a quarter of the tokens.
 var builtIn = []benchConfig{
-	{"full, INT4, top_p 0.95", `{"weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.95}}`},
-	{"quest, no pruner", `{"selector": {"type": "quest", "sparsity_rate": 0.25}}`},
-	{"quest, INT4, top_p 0.95", `{"selector": {"type": "quest", "sparsity_rate": 0.25},
+	{name: "full, INT4, top_p 0.95", config: `{"weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.95}}`},
+	{name: "quest, no pruner", config: `{"selector": {"type": "quest", "sparsity_rate": 0.25}}`},
+	{name: "quest, INT4, top_p 0.95", config: `{"selector": {"type": "quest", "sparsity_rate": 0.25},
 		"weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.95}}`},
 }
 
@@ -100,6 +103,13 @@ func (c *benchCmd) Run(ctx context.Context, term *terminal) (err error) {
 			return err
 		}
 		defer func() { err = errors.Join(err, stop()) }()
+		defer func() {
+			for i := range configs {
+				if s := configs[i].session; s != nil {
+					err = errors.Join(err, s.Close())
+				}
+			}
+		}()
 	}
 	contenders := make([]bench.Contender, len(configs))
 	for i := range contenders {
@@ -150,7 +160,7 @@ func (c *benchCmd) shape() (bench.Shape, error) {
 
 // configs are dense attention and those asked for.
 func (c *benchCmd) configs() ([]benchConfig, error) {
-	configs := []benchConfig{{"dense", "{}"}}
+	configs := []benchConfig{{name: "dense", config: "{}"}}
 	if len(c.Config) == 0 {
 		return append(configs, builtIn...), nil
 	}
@@ -167,13 +177,13 @@ func (c *benchCmd) configs() ([]benchConfig, error) {
 			if err != nil {
 				return nil, err
 			}
-			configs = append(configs, benchConfig{strings.TrimSuffix(filepath.Base(file), ".json"), config})
+			configs = append(configs, benchConfig{name: strings.TrimSuffix(filepath.Base(file), ".json"), config: config})
 		}
 	}
 	return configs, nil
 }
 
-// contend makes a contender of the config. What it takes is given back with the device and the daemon.
+// contend makes a contender of the config. What it takes is given back with the device and the session.
 func (b *benchConfig) contend(
 	ctx context.Context, c *bench.Contender, device *host.Device, conn *client.Client, data *bench.Data,
 ) error {
@@ -192,7 +202,15 @@ func (b *benchConfig) contend(
 	if c.Runner, err = bench.NewDevice(ctx, device, cfg, data); err != nil || conn == nil {
 		return err
 	}
-	c.Service, err = newThroughService(ctx, conn, b.config, data)
+	g := data.Geometry()
+	b.session, err = conn.Open(ctx, client.OpenOptions{EngineName: "twilight bench", Config: b.config, Geometry: client.Geometry{
+		Layers: g.Layers, QueryHeads: g.QueryHeads, KVHeads: g.KVHeads, KDim: g.KDim, VDim: g.VDim, Scale: g.Scale,
+		Query: g.Query, Output: g.Output,
+	}})
+	if err != nil {
+		return err
+	}
+	c.Service, err = newThroughService(ctx, b.session, data)
 	return err
 }
 
@@ -251,17 +269,8 @@ type throughService struct {
 var _ bench.Runner = (*throughService)(nil)
 
 // newThroughService lends data to a daemon and has it indexed.
-func newThroughService(
-	ctx context.Context, conn *client.Client, config string, data *bench.Data,
-) (*throughService, error) {
+func newThroughService(ctx context.Context, session *client.Session, data *bench.Data) (*throughService, error) {
 	g := data.Geometry()
-	session, err := conn.Open(ctx, client.OpenOptions{EngineName: "twilight bench", Config: config, Geometry: client.Geometry{
-		Layers: g.Layers, QueryHeads: g.QueryHeads, KVHeads: g.KVHeads, KDim: g.KDim, VDim: g.VDim, Scale: g.Scale,
-		Query: g.Query, Output: g.Output,
-	}})
-	if err != nil {
-		return nil, err
-	}
 	t := &throughService{data: data}
 	lent, err := session.ShareFD(ctx, client.Share{FD: data.FD, Size: int(data.Layout.Size()), Access: client.ReadOnly})
 	if err != nil {
