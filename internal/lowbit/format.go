@@ -110,8 +110,14 @@ func (f Format) Dots(
 	for at := 0; at < len(positions); at += block {
 		end := min(at+block, len(positions))
 		f.locate(&b, records, positions[at:min(end+simd.Ahead, len(positions))], dim)
+		fetchParams(records, positions[end:min(end+block, len(positions))])
 		for n := 0; n < len(out); n += few {
-			f.dots(out[n:min(n+few, len(out))], queries[n*dim:], at, end-at, dim, &b)
+			some := out[n:min(n+few, len(out))]
+			var rows [few][]float32
+			for i := range some {
+				rows[i] = queries[(n+i)*dim:][:dim]
+			}
+			simd.Dots(f.codes(), some, at, rows[:len(some)], b.codes[:b.n], end-at)
 		}
 		for n := range out {
 			b.scale(out[n][at:end], sums[n], constants[n])
@@ -119,12 +125,23 @@ func (f Format) Dots(
 	}
 }
 
-// vectors are a block of vectors: their parameters, and where the codes of these and the next ones are.
+// codes is the type of codes.
+func (f Format) codes() simd.Type {
+	switch f.Bits {
+	case 2:
+		return simd.U2
+	case 4:
+		return simd.U4
+	}
+	return simd.U8
+}
+
+// vectors are a block of vectors and the next ones: their parameters, and where their codes are.
 type vectors struct {
+	n             int
 	params        [2 * (block + simd.Ahead)]float32
 	scales, zeros [block + simd.Ahead]float32
 	codes         [block + simd.Ahead][]byte
-	n             int
 }
 
 // locate finds the vectors of positions, run by run of adjacent ones within a chunk.
@@ -140,7 +157,7 @@ func (f Format) locate(b *vectors, records kv.Records, positions []int32, dim in
 		}
 		kv.F16.Decode(b.params[i*params:][:run*params], record[token*f.paramBytes():])
 		codes := record[kv.ChunkTokens*f.paramBytes()+token*size:]
-		for k := range b.codes[i:][:run] {
+		for k := range b.codes[i : i+run] {
 			b.codes[i+k] = codes[k*size:][:size:size]
 		}
 		i += run
@@ -153,31 +170,24 @@ func (f Format) locate(b *vectors, records kv.Records, positions []int32, dim in
 	}
 }
 
-// dots multiplies a few queries and the codes of the first n vectors.
-func (f Format) dots(out [][]float32, queries []float32, at, n, dim int, b *vectors) {
-	var rows [few][]float32
-	for i := range out {
-		rows[i] = queries[i*dim:][:dim]
+// fetchParams asks memory for the parameters of positions. That their codes are fetched does not help: they
+// lie apart.
+func fetchParams(records kv.Records, positions []int32) {
+	chunk := int32(-1)
+	for _, p := range positions {
+		if c := p / kv.ChunkTokens; c != chunk {
+			chunk = c
+			simd.Fetch(records.Chunk(int(chunk)))
+		}
 	}
-	simd.Dots(f.codeType(), out, at, rows[:len(out)], b.codes[:b.n], n)
-}
-
-func (f Format) codeType() simd.Type {
-	switch f.Bits {
-	case 2:
-		return simd.U2
-	case 4:
-		return simd.U4
-	}
-	return simd.U8
 }
 
 // scale turns products with codes into products with vectors.
 func (b *vectors) scale(dots []float32, sum, constant float32) {
-	scales, zeros := b.scales[:len(dots)], b.zeros[:len(dots)]
-	for i, dot := range dots {
-		dots[i] = scales[i]*dot + (zeros[i]*sum + constant)
-	}
+	rest := vek32.MulNumber_Into(b.params[:len(dots)], b.zeros[:len(dots)], sum)
+	vek32.AddNumber_Inplace(rest, constant)
+	vek32.Mul_Inplace(dots, b.scales[:len(dots)])
+	vek32.Add_Inplace(dots, rest)
 }
 
 func isFinite(f float32) bool { return f-f == 0 }

@@ -228,7 +228,7 @@ func TestPack(t *testing.T) {
 		}
 		pack(packed, fractions, bits)
 		got := make([]float32, len(values))
-		simd.Decode(Format{Bits: bits}.codeType(), got, packed)
+		simd.Decode(Format{Bits: bits}.codes(), got, packed)
 		if !slices.Equal(got, values) {
 			t.Fatalf("%d bits: %v, want %v", bits, got, values)
 		}

@@ -197,3 +197,6 @@ func decodeBF16Lots(dst *float32, src *byte, lots int)
 
 //go:noescape
 func decodeF8Lots(dst *float32, src *byte, lots int)
+
+//go:noescape
+func fetch(p *byte)

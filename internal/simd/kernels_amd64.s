@@ -91,29 +91,64 @@ DATA u2<>+48(SB)/8, $0x0000000300000003
 DATA u2<>+56(SB)/8, $0x0000000300000003
 GLOBL u2<>(SB), RODATA|NOPTR, $64
 
-// FETCH asks for the vector that is NEAR slice headers behind R12, and for the first line of the one that is
-// FAR behind: its page may be new to the processor, which looks up the address and then goes ahead by
-// itself. Both go to the second cache, as vectors of one head may compete for few places in the first. AX
-// points to args; CX and R14 are lost.
+// While a vector is worked on, another one NEAR behind it in the list is asked of memory, and the first line
+// of one FAR behind: its page may be new to the processor, which has to look up where it is, and then goes
+// ahead by itself. Both go to the second cache, as vectors of one head may compete for few places in the
+// first. These macros use R14 and want AX to point to args, R12 into the list.
 #define HEADER 24
-#define NEAR (16*HEADER)
-#define FAR (64*HEADER)
+#define NEAR (20*HEADER)
+#define FAR (32*HEADER)
 
-#define FETCH(LINE) \
-	LEAQ       FAR(R12), R14 \
+#define FETCH_FAR(HEADERS) \
+	LEAQ       (FAR+HEADERS)(R12), R14 \
 	CMPQ       R14, args_last(AX) \
 	CMOVQHI    args_last(AX), R14 \
 	MOVQ       (R14), R14 \
-	PREFETCHT2 (R14) \
-	LEAQ       NEAR(R12), R14 \
-	CMPQ       R14, args_last(AX) \
-	CMOVQHI    args_last(AX), R14 \
-	MOVQ       (R14), R14 \
-	MOVQ       args_bytes(AX), CX \
-LINE: \
+	PREFETCHT2 (R14)
+
+#define FIND_NEAR(HEADERS, TO) \
+	LEAQ    (NEAR+HEADERS)(R12), TO \
+	CMPQ    TO, args_last(AX) \
+	CMOVQHI args_last(AX), TO \
+	MOVQ    (TO), TO
+
+// NEXT1 points SI to the next vector. It uses CX, too.
+#define NEXT1 \
+	FETCH_FAR(0) \
+	FIND_NEAR(0, R14) \
+	MOVQ args_bytes(AX), CX \
+fetch: \
 	PREFETCHT1 -1(R14)(CX*1) \
 	SUBQ       $64, CX \
-	JGT        LINE
+	JGT        fetch \
+	MOVQ       (R12), SI \
+	ADDQ       $HEADER, R12
+
+// NEXT4 points SI, CX, DX and R14 to the next 4 vectors, and R8 to R11 to those that FETCH4 asks for, of which
+// it takes a line each where AX, the place in the vectors, begins one.
+#define NEXT4 \
+	FETCH_FAR(0*HEADER) \
+	FETCH_FAR(1*HEADER) \
+	FETCH_FAR(2*HEADER) \
+	FETCH_FAR(3*HEADER) \
+	FIND_NEAR(0*HEADER, R8) \
+	FIND_NEAR(1*HEADER, R9) \
+	FIND_NEAR(2*HEADER, R10) \
+	FIND_NEAR(3*HEADER, R11) \
+	MOVQ (0*HEADER)(R12), SI \
+	MOVQ (1*HEADER)(R12), CX \
+	MOVQ (2*HEADER)(R12), DX \
+	MOVQ (3*HEADER)(R12), R14 \
+	ADDQ $(4*HEADER), R12
+
+#define FETCH4 \
+	TESTQ $63, AX \
+	JNZ   fetched \
+	PREFETCHT1 (R8)(AX*1) \
+	PREFETCHT1 (R9)(AX*1) \
+	PREFETCHT1 (R10)(AX*1) \
+	PREFETCHT1 (R11)(AX*1) \
+fetched:
 
 // DOT4 multiplies each vector by 4 queries. Elements 0-7 and 8-15 of each 16 have sums of their own: 8
 // sums, as many as two multipliers have in flight.
@@ -131,8 +166,7 @@ LINE: \
 	XORQ DX, DX \
 	SETUP \
 vector: \
-	FETCH(line) \
-	MOVQ   (R12), SI \
+	NEXT1 \
 	MOVQ   args_lots(AX), CX \
 	XORQ   AX, AX \
 	VXORPS Y0, Y0, Y0 \
@@ -182,7 +216,6 @@ sum: \
 	VEXTRACTPS   $1, X0, (DI)(DX*4) \
 	VEXTRACTPS   $2, X0, (R13)(DX*4) \
 	VEXTRACTPS   $3, X0, (R15)(DX*4) \
-	ADDQ $HEADER, R12 \
 	INCQ DX \
 	MOVQ a+0(FP), AX \
 	CMPQ DX, args_n(AX) \
@@ -199,8 +232,7 @@ sum: \
 	MOVQ args_n(AX), DX \
 	SETUP \
 vector: \
-	FETCH(line) \
-	MOVQ   (R12), SI \
+	NEXT1 \
 	MOVQ   args_lots(AX), CX \
 	MOVQ   R8, DI \
 	VXORPS Y0, Y0, Y0 \
@@ -228,19 +260,18 @@ sum: \
 	VEXTRACTF128 $1, Y0, X1 \
 	VADDSS       X1, X0, X0 \
 	VMOVSS       X0, (BX) \
-	ADDQ $HEADER, R12 \
 	ADDQ $4, BX \
 	DECQ DX \
 	JNZ  vector \
 	VZEROUPPER \
 	RET
 
-// WEIGH adds to SUM the vectors in Y8 to Y11, each times one of the 4 weights at W.
-#define WEIGH(W, SUM) \
-	VBROADCASTSS (W), Y4 \
-	VBROADCASTSS 4(W), Y5 \
-	VBROADCASTSS 8(W), Y6 \
-	VBROADCASTSS 12(W), Y7 \
+// WEIGH adds to SUM the vectors in Y8 to Y11, each times one of 4 weights.
+#define WEIGH(W0, W1, W2, W3, SUM) \
+	VBROADCASTSS W0, Y4 \
+	VBROADCASTSS W1, Y5 \
+	VBROADCASTSS W2, Y6 \
+	VBROADCASTSS W3, Y7 \
 	VFMADD231PS  Y4, Y8, SUM \
 	VFMADD231PS  Y5, Y9, SUM \
 	VFMADD231PS  Y6, Y10, SUM \
@@ -250,53 +281,54 @@ sum: \
 // outs are read before one is written, as some may be the same. SCALE is a float's size over an element's.
 #define ADD4(SETUP, LOAD, BYTES, SCALE) \
 	MOVQ a+0(FP), AX \
-	MOVQ args_heads+0(AX), R8 \
-	MOVQ args_heads+8(AX), R9 \
-	MOVQ args_heads+16(AX), R10 \
-	MOVQ args_heads+24(AX), R11 \
 	MOVQ args_out+0(AX), BX \
 	MOVQ args_out+8(AX), DI \
 	MOVQ args_out+16(AX), R13 \
 	MOVQ args_out+24(AX), R15 \
 	MOVQ args_vectors(AX), R12 \
+	MOVQ args_bytes(AX), CX \
+	MOVQ CX, bytes-72(SP) \
 	SETUP \
 vectors: \
-	FETCH(line0) \
-	ADDQ $HEADER, R12 \
-	FETCH(line1) \
-	ADDQ $HEADER, R12 \
-	FETCH(line2) \
-	ADDQ $HEADER, R12 \
-	FETCH(line3) \
-	MOVQ (-3*HEADER)(R12), SI \
-	MOVQ (-2*HEADER)(R12), CX \
-	MOVQ (-1*HEADER)(R12), DX \
-	MOVQ (R12), R14 \
-	ADDQ $HEADER, R12 \
-	MOVQ args_bytes(AX), AX \
+	MOVQ    args_heads+0(AX), R8 \
+	MOVQ    args_heads+8(AX), R9 \
+	MOVQ    args_heads+16(AX), R10 \
+	MOVQ    args_heads+24(AX), R11 \
+	VMOVUPS (R8), X4 \
+	VMOVUPS (R9), X5 \
+	VMOVUPS (R10), X6 \
+	VMOVUPS (R11), X7 \
+	VMOVUPS X4, w0-64(SP) \
+	VMOVUPS X5, w4-48(SP) \
+	VMOVUPS X6, w8-32(SP) \
+	VMOVUPS X7, w12-16(SP) \
+	ADDQ    $16, args_heads+0(AX) \
+	ADDQ    $16, args_heads+8(AX) \
+	ADDQ    $16, args_heads+16(AX) \
+	ADDQ    $16, args_heads+24(AX) \
+	NEXT4 \
+	XORQ AX, AX \
 lots: \
-	LOAD(-BYTES(SI)(AX*1), X8, Y8) \
-	LOAD(-BYTES(CX)(AX*1), X9, Y9) \
-	LOAD(-BYTES(DX)(AX*1), X10, Y10) \
-	LOAD(-BYTES(R14)(AX*1), X11, Y11) \
-	VMOVUPS -32(BX)(AX*SCALE), Y0 \
-	VMOVUPS -32(DI)(AX*SCALE), Y1 \
-	VMOVUPS -32(R13)(AX*SCALE), Y2 \
-	VMOVUPS -32(R15)(AX*SCALE), Y3 \
-	WEIGH(R8, Y0) \
-	WEIGH(R9, Y1) \
-	WEIGH(R10, Y2) \
-	WEIGH(R11, Y3) \
-	VMOVUPS Y0, -32(BX)(AX*SCALE) \
-	VMOVUPS Y1, -32(DI)(AX*SCALE) \
-	VMOVUPS Y2, -32(R13)(AX*SCALE) \
-	VMOVUPS Y3, -32(R15)(AX*SCALE) \
-	SUBQ $BYTES, AX \
-	JNZ  lots \
-	ADDQ $16, R8 \
-	ADDQ $16, R9 \
-	ADDQ $16, R10 \
-	ADDQ $16, R11 \
+	FETCH4 \
+	LOAD((SI)(AX*1), X8, Y8) \
+	LOAD((CX)(AX*1), X9, Y9) \
+	LOAD((DX)(AX*1), X10, Y10) \
+	LOAD((R14)(AX*1), X11, Y11) \
+	VMOVUPS (BX)(AX*SCALE), Y0 \
+	VMOVUPS (DI)(AX*SCALE), Y1 \
+	VMOVUPS (R13)(AX*SCALE), Y2 \
+	VMOVUPS (R15)(AX*SCALE), Y3 \
+	WEIGH(w0-64(SP), w1-60(SP), w2-56(SP), w3-52(SP), Y0) \
+	WEIGH(w4-48(SP), w5-44(SP), w6-40(SP), w7-36(SP), Y1) \
+	WEIGH(w8-32(SP), w9-28(SP), w10-24(SP), w11-20(SP), Y2) \
+	WEIGH(w12-16(SP), w13-12(SP), w14-8(SP), w15-4(SP), Y3) \
+	VMOVUPS Y0, (BX)(AX*SCALE) \
+	VMOVUPS Y1, (DI)(AX*SCALE) \
+	VMOVUPS Y2, (R13)(AX*SCALE) \
+	VMOVUPS Y3, (R15)(AX*SCALE) \
+	ADDQ $BYTES, AX \
+	CMPQ AX, bytes-72(SP) \
+	JLT  lots \
 	MOVQ a+0(FP), AX \
 	SUBQ $4, args_n(AX) \
 	JGT  vectors \
@@ -306,36 +338,30 @@ lots: \
 // ADD1 is ADD4 for one out.
 #define ADD1(SETUP, LOAD, BYTES, SCALE) \
 	MOVQ a+0(FP), AX \
-	MOVQ args_heads+0(AX), R8 \
+	MOVQ args_heads+0(AX), R13 \
 	MOVQ args_out+0(AX), BX \
 	MOVQ args_vectors(AX), R12 \
+	MOVQ args_bytes(AX), DI \
+	MOVQ args_n(AX), R15 \
 	SETUP \
 vectors: \
-	FETCH(line0) \
-	ADDQ $HEADER, R12 \
-	FETCH(line1) \
-	ADDQ $HEADER, R12 \
-	FETCH(line2) \
-	ADDQ $HEADER, R12 \
-	FETCH(line3) \
-	MOVQ (-3*HEADER)(R12), SI \
-	MOVQ (-2*HEADER)(R12), CX \
-	MOVQ (-1*HEADER)(R12), DX \
-	MOVQ (R12), R14 \
-	ADDQ $HEADER, R12 \
-	MOVQ args_bytes(AX), DI \
+	NEXT4 \
+	XORQ AX, AX \
 lots: \
-	LOAD(-BYTES(SI)(DI*1), X8, Y8) \
-	LOAD(-BYTES(CX)(DI*1), X9, Y9) \
-	LOAD(-BYTES(DX)(DI*1), X10, Y10) \
-	LOAD(-BYTES(R14)(DI*1), X11, Y11) \
-	VMOVUPS -32(BX)(DI*SCALE), Y0 \
-	WEIGH(R8, Y0) \
-	VMOVUPS Y0, -32(BX)(DI*SCALE) \
-	SUBQ $BYTES, DI \
-	JNZ  lots \
-	ADDQ $16, R8 \
-	SUBQ $4, args_n(AX) \
+	FETCH4 \
+	LOAD((SI)(AX*1), X8, Y8) \
+	LOAD((CX)(AX*1), X9, Y9) \
+	LOAD((DX)(AX*1), X10, Y10) \
+	LOAD((R14)(AX*1), X11, Y11) \
+	VMOVUPS (BX)(AX*SCALE), Y0 \
+	WEIGH((R13), 4(R13), 8(R13), 12(R13), Y0) \
+	VMOVUPS Y0, (BX)(AX*SCALE) \
+	ADDQ $BYTES, AX \
+	CMPQ AX, DI \
+	JLT  lots \
+	ADDQ $16, R13 \
+	MOVQ a+0(FP), AX \
+	SUBQ $4, R15 \
 	JGT  vectors \
 	VZEROUPPER \
 	RET
@@ -413,19 +439,19 @@ TEXT ·dot1U2(SB), NOSPLIT, $0-8
 	DOT1(SETUP_U2, LOAD_U2, 2)
 
 // func add4F32(a *args)
-TEXT ·add4F32(SB), NOSPLIT, $0-8
+TEXT ·add4F32(SB), NOSPLIT, $72-8
 	ADD4(NO_SETUP, LOAD_F32, 32, 1)
 
 // func add4F16(a *args)
-TEXT ·add4F16(SB), NOSPLIT, $0-8
+TEXT ·add4F16(SB), NOSPLIT, $72-8
 	ADD4(NO_SETUP, LOAD_F16, 16, 2)
 
 // func add4BF16(a *args)
-TEXT ·add4BF16(SB), NOSPLIT, $0-8
+TEXT ·add4BF16(SB), NOSPLIT, $72-8
 	ADD4(NO_SETUP, LOAD_BF16, 16, 2)
 
 // func add4F8(a *args)
-TEXT ·add4F8(SB), NOSPLIT, $0-8
+TEXT ·add4F8(SB), NOSPLIT, $72-8
 	ADD4(SETUP_F8, LOAD_F8, 8, 4)
 
 // func add1F32(a *args)
@@ -455,3 +481,9 @@ TEXT ·decodeBF16Lots(SB), NOSPLIT, $0-24
 // func decodeF8Lots(dst *float32, src *byte, lots int)
 TEXT ·decodeF8Lots(SB), NOSPLIT, $0-24
 	DECODE(SETUP_F8, LOAD_F8, 8)
+
+// func fetch(p *byte)
+TEXT ·fetch(SB), NOSPLIT, $0-8
+	MOVQ       p+0(FP), AX
+	PREFETCHT0 (AX)
+	RET

@@ -1,5 +1,7 @@
 package simd
 
+import "unsafe"
+
 // Type is how the elements of a vector are stored: little-endian, without alignment.
 type Type uint8
 
@@ -30,7 +32,7 @@ const (
 )
 
 // Ahead is how many vectors from the one it works on Dots and Add ask memory for.
-const Ahead = 64
+const Ahead = 32
 
 // Dots writes the product of queries[h] and the i-th of the first n vectors to out[h][at+i]. Vectors
 // behind the n-th are only asked of memory: those of the next call, up to Ahead.
@@ -66,6 +68,9 @@ func Add(t Type, out, weights [][]float32, at int, vectors [][]byte, n int) {
 	}
 	plainAdd(t, out, weights, at, vectors[:n], done, dim)
 }
+
+// Fetch asks memory for the first cache line of b, which is to be read soon.
+func Fetch(b []byte) { fetch(unsafe.SliceData(b)) }
 
 // check panics unless all vectors have the size.
 func check(vectors [][]byte, size int) {
