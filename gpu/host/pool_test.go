@@ -167,22 +167,25 @@ func TestPoolSurvivesFaults(t *testing.T) {
 	defer p.close()
 	const size = 1 << 16
 	lent := truncated(t, size)
-	floats := make([]float32, size/4)
+	var own [2][]float32 // by worker
+	for worker := range own {
+		own[worker] = make([]float32, size/4)
+	}
 	lost := floatsOf(lent)
-	for name, touch := range map[string]func(){
-		"load":     func() { floats[0] = lost[100] },
-		"store":    func() { lost[100] = 1 },
-		"copy":     func() { copy(floats, lost) },
-		"copy to":  func() { copy(lost, floats) },
-		"clear":    func() { clear(lost) },
-		"vek read": func() { floats[0] = vek32.Dot(floats, lost) },
-		"vek write": func() {
-			vek32.MulNumber_Into(lost, floats, 2)
+	for name, touch := range map[string]func(own []float32){
+		"load":     func(own []float32) { own[0] = lost[100] },
+		"store":    func([]float32) { lost[100] = 1 },
+		"copy":     func(own []float32) { copy(own, lost) },
+		"copy to":  func(own []float32) { copy(lost, own) },
+		"clear":    func([]float32) { clear(lost) },
+		"vek read": func(own []float32) { own[0] = vek32.Dot(own, lost) },
+		"vek write": func(own []float32) {
+			vek32.MulNumber_Into(lost, own, 2)
 		},
 	} {
 		for range 20 {
-			err := p.do(t.Context(), newJob(), 8, func(_, _ int) error {
-				touch()
+			err := p.do(t.Context(), newJob(), 8, func(worker, _ int) error {
+				touch(own[worker])
 				return nil
 			})
 			var c *crash
@@ -191,7 +194,7 @@ func TestPoolSurvivesFaults(t *testing.T) {
 			}
 		}
 		var c *crash
-		if err := guard(func() error { touch(); return nil }); !errors.As(err, &c) || c.address == 0 {
+		if err := guard(func() error { touch(own[0]); return nil }); !errors.As(err, &c) || c.address == 0 {
 			t.Errorf("%s, guarded: error %v, want a fault", name, err)
 		}
 	}
