@@ -172,6 +172,9 @@ func (m *Memory) Release() error {
 	})
 }
 
+// GPU is what it lies on.
+func (m *Memory) GPU() *GPU { return m.gpu }
+
 // Size is in bytes.
 func (m *Memory) Size() int { return m.size }
 
