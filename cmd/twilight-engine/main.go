@@ -12,6 +12,7 @@ import (
 	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/engine"
+	"github.com/twilight-sidecar/twilight/internal/bench"
 	"github.com/twilight-sidecar/twilight/internal/cli"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 )
@@ -42,6 +43,46 @@ func (l *lender) Lend(ctx context.Context, s *client.Session, size int, access c
 	lent, err := lend(ctx, s, m, 0, size, access)
 	return &buffer{Memory: m, lent: lent, copied: make([]byte, size)}, err
 }
+
+// ReadRate implements bench.Engine.
+func (l *lender) ReadRate() (float64, error) { return l.GPU.ReadRate(8 << 30) }
+
+// Load implements bench.Engine.
+func (l *lender) Load(s *bench.StepLayout) (bench.Load, error) {
+	m, err := l.Alloc(l.kind, s.Bytes, 0)
+	if err != nil {
+		return nil, err
+	}
+	data := &load{Memory: m, layout: s, tensors: engine.Tensors{
+		PageSize: s.PageSize, KVHeads: s.KVHeads, Dim: s.Dim, QueryHeads: s.QueryHeads, Tables: s.Tables,
+	}}
+	err = m.FillQueries(&data.tensors, s.Queries, 7)
+	for i := range s.Layers {
+		k, v := int(s.Cache.KOffset(i)), int(s.Cache.VOffset(i))
+		err = errors.Join(err, m.FillPlanes(&data.tensors, k, v, uint64(i+1)))
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.Release())
+	}
+	return data, nil
+}
+
+// load is the data of a benchmark.
+type load struct {
+	*engine.Memory
+	layout  *bench.StepLayout
+	tensors engine.Tensors
+}
+
+func (l *load) Lend(ctx context.Context, s *client.Session, offset, size int, access client.Access) (*client.Buffer, error) {
+	return lend(ctx, s, l.Memory, offset, size, access)
+}
+
+func (l *load) Logits(layer, sequence, head int) ([]float32, error) {
+	return l.Memory.Logits(&l.tensors, int(l.layout.Cache.KOffset(layer)), l.layout.Queries, sequence, head)
+}
+
+func (l *load) Close() error { return l.Release() }
 
 // Close frees all memory and gives the GPU back.
 func (l *lender) Close() error {
