@@ -24,18 +24,19 @@ func main() {
 	}))
 }
 
-// lender lends memory of a GPU.
+// lender lends memory of a GPU, of one kind.
 type lender struct {
 	*engine.GPU
-	kind gpu.RegionKind
-	all  []*engine.Memory
+	kind     gpu.RegionKind
+	headroom int // bytes that lie before it in what is exported
+	all      []*engine.Memory
 }
 
 var _ cli.GPU = (*lender)(nil)
 
 // Lend implements replay.Memory.
 func (l *lender) Lend(ctx context.Context, s *client.Session, size int, access client.Access) (replay.Buffer, error) {
-	m, err := l.Alloc(l.kind, size, 0)
+	m, err := l.Alloc(l.kind, size, l.headroom)
 	if err != nil {
 		return nil, err
 	}
@@ -85,18 +86,31 @@ func (l *load) Logits(layer, sequence, head int) ([]float32, error) {
 func (l *load) Close() error { return l.Release() }
 
 // Close frees all memory and gives the GPU back.
-func (l *lender) Close() error {
+func (l *lender) Close() error { return errors.Join(l.free(), l.GPU.Close()) }
+
+func (l *lender) free() error {
 	var errs []error
 	for _, m := range l.all {
 		errs = append(errs, m.Release())
 	}
-	return errors.Join(append(errs, l.GPU.Close())...)
+	l.all = nil
+	return errors.Join(errs...)
 }
 
 // lend lends size bytes of a memory at offset.
 func lend(ctx context.Context, s *client.Session, m *engine.Memory, offset, size int, access client.Access) (*client.Buffer, error) {
-	return s.ShareGPU(ctx, client.GPUShare{
-		Device: m.GPU().UUID(), Size: size, Access: access,
+	share, err := share(m, offset, size, access)
+	if err != nil {
+		return nil, err
+	}
+	return s.ShareGPU(ctx, share)
+}
+
+// share is what lends it: with a probe, that the daemon finds the same.
+func share(m *engine.Memory, offset, size int, access client.Access) (client.GPUShare, error) {
+	probe := &client.Probe{Bytes: make([]byte, min(size, 4096))}
+	return client.GPUShare{
+		Device: m.GPU().UUID(), Size: size, Access: access, Probe: probe,
 		Export: func(context.Context) (client.GPUExport, error) {
 			r, err := m.Export(offset, size, access == client.ReadWrite)
 			if err != nil {
@@ -111,7 +125,7 @@ func lend(ctx context.Context, s *client.Session, m *engine.Memory, offset, size
 			}
 			return vmm, nil
 		},
-	})
+	}, m.Read(offset, probe.Bytes)
 }
 
 // buffer is lent memory and a copy of it on the host.
