@@ -53,15 +53,24 @@ CALIBRATION ?= smollm2-calibration.safetensors
 LAYERS ?= 2,9,17,25
 
 .PHONY: methods
-methods: ## Compare all methods into docs/methods.md (CAPTURE=FILE CALIBRATION=FILE)
+methods: ## Compare all methods into docs/methods.md and .svg (CAPTURE=FILE CALIBRATION=FILE)
 	@mkdir -p $(TMP)
-	$(GO) run ./cmd/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
-		--configs 'benchmark/configs/*.json' --token-budget 1024 --markdown >$(TMP)/methods
-	@{ printf '# Every method, by one measure\n\n%s\n%s\n%s\n%s\n\n' \
-		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), selectors with' \
-		'a budget at 1024 candidates, calibrated on another text. Coverage and mass are the true shares of attention' \
-		'that candidates and kept tokens hold, head error the mean relative error of the outputs of single heads. Made' \
-		'by `make methods`.'; cat $(TMP)/methods; } >docs/methods.md
+	$(GO) build -o $(TMP)/twilight ./cmd/twilight
+	@compare() { $(TMP)/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
+		--configs 'benchmark/configs/*.json' "$$@"; }; \
+	set -x; compare --token-budget 256,512,1024,2048 --out $(TMP)/methods >/dev/null; \
+	compare --token-budget 1024 --markdown >$(TMP)/methods/table
+	@cp $(TMP)/methods/compare.svg docs/methods.svg
+	@{ printf '%s\n' '# Every method, by one measure' '' \
+		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), calibrated on' \
+		'another text. Made by `make methods`.' '' \
+		'![Head error and worst mass of each method by the tokens it keeps](methods.svg)' '' \
+		'A curve is a method with 256, 512, 1024 and 2048 candidates, all of them kept; points are the same candidates,' \
+		'pruned. Head error is the mean relative error of the outputs of single heads, worst mass the true share of' \
+		'attention that the kept tokens of the worst (layer, step, head) hold.' '' \
+		'With 1024 candidates, where a method has a budget of them; coverage is the true share of attention that' \
+		'candidates hold, mass that of kept tokens, error that of all outputs together. Bytes are what a KV head of a' \
+		'layer reads in a step, of cache and shadow.' ''; cat $(TMP)/methods/table; } >docs/methods.md
 
 .PHONY: test
 test: ## Run every test
