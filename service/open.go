@@ -70,8 +70,7 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 		return nil, err
 	}
 	info := device.Info()
-	perToken, err := shadowPerToken(device, &info, geometry, config)
-	if err != nil {
+	if err := checkGeometry(&info, geometry); err != nil {
 		return nil, err
 	}
 	configJSON, err := json.Marshal(config)
@@ -84,22 +83,21 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 	}
 	ended := make(chan struct{})
 	l := &lease{
-		server:         s,
-		logger:         s.logger.With("lease", id, "engine", req.GetEngineName()),
-		owner:          identity(ctx),
-		info:           info,
-		geometry:       geometry,
-		config:         config,
-		configJSON:     string(configJSON),
-		warnings:       newWarnings(),
-		shadowPerToken: perToken,
-		device:         opened,
-		limits:         s.config.Limits.proto(&info),
-		ended:          ended,
-		telemetry:      s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
-		stop:           sync.OnceFunc(func() { close(ended) }),
-		regions:        make(map[uint32]*region),
-		caches:         make(map[uint32]*cache),
+		server:     s,
+		logger:     s.logger.With("lease", id, "engine", req.GetEngineName()),
+		owner:      identity(ctx),
+		info:       info,
+		geometry:   geometry,
+		config:     config,
+		configJSON: string(configJSON),
+		warnings:   newWarnings(),
+		device:     opened,
+		limits:     s.config.Limits.proto(&info),
+		ended:      ended,
+		telemetry:  s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
+		stop:       sync.OnceFunc(func() { close(ended) }),
+		regions:    make(map[uint32]*region),
+		caches:     make(map[uint32]*cache),
 	}
 	_, _ = rand.Read(l.token[:]) // never fails
 	if p, ok := authInfo(ctx).(unixPeer); ok {

@@ -33,7 +33,7 @@ type options struct {
 
 	Backend     string   `default:"host" enum:"host" help:"Device to serve: host, the CPU (host)."`
 	Workers     int      `default:"0" placeholder:"N" help:"Rows computed at a time (as many as processors)."`
-	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory for shadows, as in 512MiB or 8GiB (half of the machine's)."`
+	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory for shadows, as in 512MiB or 8GiB (half of what machine and cgroups allow)."`
 
 	Admin    *endpoint `placeholder:"URL" help:"Where to serve the budget page, /metrics, /healthz and profiles over HTTP: unix:///PATH or tcp://HOST:PORT, as in tcp://127.0.0.1:9464 (nowhere)."`
 	TraceURL string    `name:"trace-url" placeholder:"URL" help:"Where the budget page links to for a trace, with {trace_id} for its id."`
