@@ -134,7 +134,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 			return
 		}
 	}
-	res.Lists = res.lists
+	res.Lists, res.KeysSelected = res.lists, s.selector.KeysRead
 }
 
 func (p *Pipeline) denseReason(row *Row) Reason {
@@ -163,7 +163,7 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	if !row.ListsOnly {
 		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
 	}
-	res.Lists, res.Timing = nil, Timing{}
+	res.Lists, res.KeysSelected, res.Timing = nil, 0, Timing{}
 	res.TrueMass, res.OutputError = res.TrueMass[:0], res.OutputError[:0]
 	p.ask(s, row)
 	s.estimator = pruner.Row{
