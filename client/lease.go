@@ -96,6 +96,11 @@ func openLease(ctx context.Context, c *Client, req *twilightv1.OpenLeaseRequest)
 	}
 	service, target := c.service, c.conn.Target()
 	if endpoint := opened.GetEndpoint(); endpoint != "" {
+		if path, local := strings.CutPrefix(endpoint, "unix://"); local {
+			if _, err := os.Stat(path); err != nil {
+				endpoint = "unix://" + beside(target, path)
+			}
+		}
 		target = endpoint
 		if l.conn, err = c.options.connect(endpoint); err != nil {
 			return nil, errorf(ErrInvalid, "endpoint", "the daemon named %q: %v", endpoint, err)

@@ -12,6 +12,9 @@ NVCC_FLAGS := -fatbin -O3 -std=c++17
 # Three quarters smaller; drivers read it from 550 on.
 CUDA_COMPRESS := -compress-mode=size
 
+# The commands that link the driver, of those that are there.
+CUDA_COMMANDS = $(wildcard ./cmd/twilight-worker ./cmd/twilight-engine)
+
 CUDA_ENV = . $(CUDA_TOOLCHAIN)/env.sh &&
 KERNELS := gpu/cuda/kernels
 KERNEL_SOURCES := $(sort $(wildcard $(KERNELS)/*.cu $(KERNELS)/*.cuh $(KERNELS)/*.h))
@@ -46,10 +49,10 @@ try-kernels: cuda-toolchain ## Compile the CUDA kernels for one architecture, an
 	done
 
 .PHONY: build-cuda
-build-cuda: cuda-toolchain ## Build the commands that need a GPU's driver into bin/
-	$(CUDA_ENV) $(GO) build -tags cuda -trimpath -o bin/ ./cmd/...
+build-cuda: build cuda-toolchain ## Build all commands into bin/: also those that need a GPU's driver, by cgo
+	$(CUDA_ENV) $(GO) build -tags cuda -trimpath -o bin/ $(CUDA_COMMANDS)
 
 .PHONY: vet-cuda
 vet-cuda: cuda-toolchain ## Check the CUDA backend, and build its tests to run on a GPU machine: bin/cuda.test
-	$(CUDA_ENV) $(GO) vet -tags cuda ./gpu/cuda/...
+	$(CUDA_ENV) $(GO) vet -tags cuda ./gpu/cuda/... ./cmd/...
 	$(CUDA_ENV) $(GO) test -tags cuda -c -o bin/cuda.test ./gpu/cuda

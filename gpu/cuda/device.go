@@ -37,6 +37,9 @@ type Options struct {
 	FusedFrom int
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
+	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context: only
+	// a new process can go on. It must not block.
+	Lost func(error)
 }
 
 // Device is one GPU.
@@ -80,7 +83,7 @@ func New(o Options) (*Device, error) {
 	l.ShadowBytes = min(cmp.Or(l.ShadowBytes, d.options.ShadowBytes), d.options.ShadowBytes)
 	l.Batch = cmp.Or(l.Batch, 4096)
 	l.SequenceTokens = cmp.Or(l.SequenceTokens, 1<<20)
-	if d.owner, err = newOwner(device); err != nil {
+	if d.owner, err = newOwner(device, o.Lost); err != nil {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
