@@ -1,5 +1,8 @@
-// Data and ceilings for the benchmarks; not linked into anything else.
-#include "device.cuh"
+// The data of benchmarks, what they need to know of it, and the bandwidth below them.
+#include <cstdint>
+#include <cuda_fp16.h>
+
+typedef uint32_t u32;
 
 __device__ __forceinline__ u32 hash(u32 x)
 {
@@ -16,23 +19,26 @@ __device__ __forceinline__ float normal(u32 a, u32 b)
 	return sum * (1.7320508f / 65536);
 }
 
-// Keys and values [pages][16][heads][dim] in fp16. Half of a key's variance is common to its page, as a
-// context's keys have neighbours like them.
-extern "C" __global__ void bench_fill(__half *k, __half *v, uint64_t n, uint64_t heads, uint64_t dim, uint64_t seed)
+// Keys and values [pages][page][heads][dim] in fp16, n of each. Half of a key's variance is common to 16
+// tokens of a sequence, as a context's keys have neighbours like them. places tells of each page which of
+// all sequences' pages it is; without it they lie in order.
+extern "C" __global__ void load_fill(__half *k, __half *v, const int *places, uint64_t n, uint64_t page, uint64_t heads,
+				     uint64_t dim, uint64_t seed)
 {
 	for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < n; i += gridDim.x * uint64_t(blockDim.x)) {
-		u32 d = i % dim, h = i / dim % heads, token = i / dim / heads, page = token / 16;
-		float common = normal(u32(seed) ^ (page * 131 + h) ^ 0x1234567, d);
-		float own = normal(u32(seed) ^ token, (h * dim + d) * 2);
+		u32 d = i % dim, h = i / dim % heads, slot = i / dim / heads;
+		u32 token = places ? places[slot / page] * u32(page) + slot % u32(page) : slot;
+		float common = normal(u32(seed) ^ (token / 16 * 131 + h) ^ 0x1234567, d);
+		float own = normal(u32(seed) ^ token, (h * u32(dim) + d) * 2);
 		k[i] = __float2half(.7071f * (common + own));
-		v[i] = __float2half(normal(u32(seed) ^ token, (h * dim + d) * 2 + 1));
+		v[i] = __float2half(normal(u32(seed) ^ token, (h * u32(dim) + d) * 2 + 1));
 	}
 }
 
 // Queries [batch][heads][dim]: a row's spread lies between low and high hundredths, and the heads of a
 // group share .64 of their variance.
-extern "C" __global__ void bench_queries(__half *q, uint64_t batch, uint64_t heads, uint64_t group, uint64_t dim,
-					 uint64_t low, uint64_t high, uint64_t seed)
+extern "C" __global__ void load_queries(__half *q, uint64_t batch, uint64_t heads, uint64_t group, uint64_t dim,
+					uint64_t low, uint64_t high, uint64_t seed)
 {
 	uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x;
 	if (i >= batch * heads * dim)
@@ -45,8 +51,22 @@ extern "C" __global__ void bench_queries(__half *q, uint64_t batch, uint64_t hea
 	q[i] = __float2half(spread * (group > 1 ? .8f * shared + .6f * own : own));
 }
 
+// q.k of a query [dim] and the keys of a head, in fp32, for n tokens of the pages of a table.
+extern "C" __global__ void load_logits(const __half *k, const __half *q, const int *table, float *out, uint64_t n,
+				       uint64_t page, uint64_t heads, uint64_t dim)
+{
+	uint64_t token = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x;
+	if (token >= n)
+		return;
+	const __half *key = k + (table[token / page] * page + token % page) * heads * dim;
+	float sum = 0;
+	for (uint64_t d = 0; d < dim; d++)
+		sum += __half2float(key[d]) * __half2float(q[d]);
+	out[token] = sum;
+}
+
 // Reads n 16-byte words: the bandwidth that nothing exceeds.
-extern "C" __global__ void bench_read(const uint4 *data, uint64_t n, u32 *sink)
+extern "C" __global__ void load_read(const uint4 *data, uint64_t n, u32 *sink)
 {
 	u32 sum = 0;
 	uint64_t stride = gridDim.x * uint64_t(blockDim.x);

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"bytes"
@@ -29,7 +29,7 @@ const (
 func twilight(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, err bytes.Buffer
-	code = run(t.Context(), args, &out, &err)
+	code = run(t.Context(), args, &out, &err, nil)
 	return code, out.String(), err.String()
 }
 
@@ -233,7 +233,7 @@ func TestHealth(t *testing.T) {
 	late := filepath.Join(t.TempDir(), "late")
 	code := make(chan int)
 	go func() {
-		code <- run(t.Context(), []string{"health", "--target", "unix://" + late, "--wait", "20s"}, io.Discard, io.Discard)
+		code <- run(t.Context(), []string{"health", "--target", "unix://" + late, "--wait", "20s"}, io.Discard, io.Discard, nil)
 	}()
 	d, err := inprocess.Start(t.Context(), inprocess.Options{Path: late})
 	if err != nil {
@@ -317,7 +317,7 @@ func TestFailures(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	var stderr bytes.Buffer
-	if code := run(ctx, []string{"demo"}, io.Discard, &stderr); code != exitFailed || stderr.String() != "twilight: interrupted\n" {
+	if code := run(ctx, []string{"demo"}, io.Discard, &stderr, nil); code != exitFailed || stderr.String() != "twilight: interrupted\n" {
 		t.Errorf("interrupted: exited %d: %s", code, stderr.String())
 	}
 }

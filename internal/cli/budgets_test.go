@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"bytes"
@@ -54,7 +54,7 @@ func TestBudgets(t *testing.T) {
 		{[]string{"--measure", "error"}, []string{"nothing is known yet: error of the output"}},
 	} {
 		var out, errs bytes.Buffer
-		if code := run(t.Context(), append([]string{"budgets", "--admin", url, "--once"}, test.args...), &out, &errs); code != exitOK {
+		if code := run(t.Context(), append([]string{"budgets", "--admin", url, "--once"}, test.args...), &out, &errs, nil); code != exitOK {
 			t.Fatalf("%v: exit code %d: %s", test.args, code, errs.String())
 		}
 		for _, want := range test.want {
@@ -73,7 +73,7 @@ func TestBudgetsFollow(t *testing.T) {
 	defer cancel()
 	out := &interrupter{lines: 2, interrupt: cancel}
 	var errs bytes.Buffer
-	if code := run(ctx, []string{"budgets", "--admin", url, "--json"}, out, &errs); code != exitOK {
+	if code := run(ctx, []string{"budgets", "--admin", url, "--json"}, out, &errs, nil); code != exitOK {
 		t.Fatalf("exit code %d: %s", code, errs.String())
 	}
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
@@ -102,7 +102,7 @@ func TestBudgetsRefusals(t *testing.T) {
 	t.Parallel()
 	for target, want := range map[string]string{"ftp://x": "unix:///PATH", "tcp://127.0.0.1:1": "refused", "unix:///none/x": "no such file"} {
 		var out, errs bytes.Buffer
-		if code := run(t.Context(), []string{"budgets", "--admin", target, "--once"}, &out, &errs); code != exitFailed || !strings.Contains(errs.String(), want) {
+		if code := run(t.Context(), []string{"budgets", "--admin", target, "--once"}, &out, &errs, nil); code != exitFailed || !strings.Contains(errs.String(), want) {
 			t.Errorf("%s: exit code %d, said %q", target, code, errs.String())
 		}
 	}

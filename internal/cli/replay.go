@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"cmp"
@@ -31,6 +31,7 @@ const flushLimit = 2 * time.Second
 
 type replayCmd struct {
 	connection
+	place
 	Capture  string        `type:"existingfile" required:"" placeholder:"FILE" help:"Keys, values and queries of a model: safetensors, as internal/capture describes it."`
 	Config   string        `type:"existingfile" required:"" placeholder:"FILE" help:"Twilight JSON config, as in benchmark/configs."`
 	Group    string        `enum:",union,per_query_head" default:"" placeholder:"MODE" help:"What the query heads of a KV head share, in place of the config's: union or per_query_head."`
@@ -45,12 +46,14 @@ type replayCmd struct {
 }
 
 func (*replayCmd) Help() string {
-	return `Plays an engine: lends the capture's keys and values in shared memory, prefills, decodes step by step, and
+	return `Plays an engine: lends the capture's keys and values in shared memory or on a GPU, prefills, decodes step by step, and
 compares every output with dense attention computed here in float64.
 
     twilightd --listen unix:///tmp/tw.sock &
     twilight replay --target unix:///tmp/tw.sock --capture testdata/smollm2-demo.safetensors \
         --config benchmark/configs/config_quest_twi.json
+
+With --device cuda the memory is a GPU's, lent by CUDA IPC; twilight-engine, beside twilight, then runs this.
 
 Sends its side of the traces where the OTEL_* variables say, as twilightd does:
 
@@ -61,7 +64,11 @@ Waits up to 10 s for the daemon to serve. With --json, "heads" are query heads; 
 group share "kept". Errors are ||out-dense||/||dense||, masses shares of the true softmax weight.`
 }
 
-func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
+func (c *replayCmd) Run(ctx context.Context, term *terminal, source *gpuSource) error {
+	onGPU, err := c.onGPU(source)
+	if err != nil {
+		return err
+	}
 	loaded, err := capture.Open(c.Capture)
 	if err != nil {
 		return err
@@ -79,6 +86,18 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 		return err
 	}
 	defer conn.Close()
+	o := replay.Options{
+		Capture: loaded, Config: config, Layout: layout.Kind(c.Layout), PageSize: c.PageSize, DType: dtype, Seed: c.Seed,
+		Armed: c.Armed, Pace: c.Pace,
+	}
+	if onGPU {
+		gpu, err := c.open(ctx, conn, source)
+		if err != nil {
+			return err
+		}
+		defer gpu.Close()
+		o.Device, o.Memory = gpu.UUID(), gpu
+	}
 	told, err := telemetry.Start(ctx, telemetry.Options{Service: "twilight-replay", Version: cliconf.Version(), Instance: rand.Text()})
 	if err != nil {
 		return err
@@ -91,11 +110,9 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal) error {
 		}
 	}()
 	bar := newProgress(term.err)
-	report, err := replay.Run(ctx, conn, replay.Options{
-		Capture: loaded, Config: config, Layout: layout.Kind(c.Layout), PageSize: c.PageSize, DType: dtype, Seed: c.Seed,
-		Armed: c.Armed, Pace: c.Pace, Tracer: told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight"),
-		Progress: func(done, all int) { bar.show("replay: %d of %d", done, all) },
-	})
+	o.Tracer = told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight")
+	o.Progress = func(done, all int) { bar.show("replay: %d of %d", done, all) }
+	report, err := replay.Run(ctx, conn, o)
 	bar.clear()
 	if err != nil {
 		return err
