@@ -29,7 +29,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUF_VERSION := v1.75.0
 GOLANGCI_LINT_VERSION := v2.15.0
-JAEGER_VERSION := v1.76.0
+PHOENIX_VERSION := 20.26.1
+UV_VERSION := 0.13.9
 PLAYWRIGHT_VERSION := 1.65.1
 GRPCURL_VERSION := v1.9.4
 PROTOC_GEN_GO_VERSION := v1.36.12
@@ -155,16 +156,22 @@ E2E_CONFIG := telemetry/e2e/config.json
 e2e-commands:
 	@CGO_ENABLED=0 $(GO) build -o $(E2E)/ ./cmd/twilightd ./cmd/twilight
 
-.PHONY: page-e2e
-page-e2e: e2e-commands ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+# The browser's driver, beside the scripts that need it.
+.PHONY: e2e-driver
+e2e-driver: e2e-commands
 	@npm install --prefix $(E2E) --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error \
 		playwright-core@$(PLAYWRIGHT_VERSION)
-	@cp telemetry/e2e/page.mjs $(E2E)/
-	node $(E2E)/page.mjs $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG) docs/budgets.png
+	@cp telemetry/e2e/*.mjs $(E2E)/
+
+E2E_ARGS := $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG)
+
+.PHONY: page-e2e
+page-e2e: e2e-driver ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+	node $(E2E)/page.mjs $(E2E_ARGS) docs/budgets.png
 
 .PHONY: trace-e2e
-trace-e2e: e2e-commands $(BIN)/jaeger ## Find per-head budgets of a real capture in Jaeger, under the engine's own trace
-	BIN=$(E2E) ROOT=$(CURDIR) JAEGER=$(abspath $(BIN))/jaeger $(GO) test -tags e2e -count 1 -v ./telemetry/e2e
+trace-e2e: e2e-driver $(TMP)/phoenix/bin/phoenix ## Find per-head budgets of a real capture in Phoenix, under the engine's own trace; makes docs/trace.png
+	node $(E2E)/trace.mjs $(E2E_ARGS) $(abspath $(TMP)/phoenix/bin/phoenix) docs/trace.png
 
 .PHONY: ci
 ci: ## Run all that a change must pass
@@ -211,9 +218,9 @@ $(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSI
 	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
 	@touch $@
 
-# In a module of its own: its hundreds of requirements are not ours.
-$(BIN)/jaeger: $(PINS)/jaeger@$(JAEGER_VERSION)
-	@mkdir -p $(TMP)/jaeger && cd $(TMP)/jaeger && rm -f go.mod go.sum && $(GO) mod init jaeger 2>/dev/null && \
-		GOFLAGS=-mod=mod $(GO) get -tool github.com/jaegertracing/jaeger/cmd/jaeger@$(JAEGER_VERSION)
-	cd $(TMP)/jaeger && GOFLAGS=-mod=mod CGO_ENABLED=0 $(GO) build -o $(abspath $@) github.com/jaegertracing/jaeger/cmd/jaeger
+# uv resolves its hundreds of requirements in seconds; pip takes minutes.
+$(TMP)/phoenix/bin/phoenix: $(PINS)/phoenix@$(PHOENIX_VERSION)
+	python3 -m venv --clear $(TMP)/phoenix
+	$(TMP)/phoenix/bin/pip install --quiet uv==$(UV_VERSION)
+	$(TMP)/phoenix/bin/uv pip install --quiet --python $(TMP)/phoenix/bin/python arize-phoenix==$(PHOENIX_VERSION)
 	@touch $@

@@ -42,9 +42,8 @@ type lease struct {
 	// stream is nil until it arrives. Server.mu guards it till then; after, sending keeps senders apart.
 	stream  leaseStream
 	sending sync.Mutex
-	// stop, by closing ended, ends the stream behind the request that runs.
-	stop  func()
-	ended chan struct{}
+	ended   chan error // see stop
+	over    func()     // nil, or told once all is released
 
 	// What follows belongs to the goroutine of serve.
 	regions map[uint32]*region
@@ -95,9 +94,17 @@ func (l *lease) serve(stream leaseStream) error {
 				return nil
 			}
 			return err
-		case <-l.ended:
-			return errDraining()
+		case err := <-l.ended:
+			return err
 		}
+	}
+}
+
+// stop ends the stream, by an error, behind the request that runs.
+func (l *lease) stop(cause error) {
+	select {
+	case l.ended <- cause:
+	default: // is stopped
 	}
 }
 
