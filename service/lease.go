@@ -25,20 +25,19 @@ type leaseStream = grpc.BidiStreamingServer[twilightv1.LeaseRequest, twilightv1.
 
 // lease is what one engine has here, from OpenLease to the end of its stream.
 type lease struct {
-	server         *Server
-	logger         *slog.Logger
-	token          fdsock.LeaseToken
-	owner          string // identity of the peer that opened it
-	info           gpu.Info
-	geometry       *kv.Geometry
-	config         *pipeline.Config
-	configJSON     string
-	shadowPerToken float64
-	device         gpu.Lease
-	inbox          *fdsock.Inbox // nil if the engine is not local
-	limits         *twilightv1.Limits
-	expiry         *time.Timer
-	telemetry      *telemetry.Lease
+	server     *Server
+	logger     *slog.Logger
+	token      fdsock.LeaseToken
+	owner      string // identity of the peer that opened it
+	info       gpu.Info
+	geometry   *kv.Geometry
+	config     *pipeline.Config
+	configJSON string
+	device     gpu.Lease
+	inbox      *fdsock.Inbox // nil if the engine is not local
+	limits     *twilightv1.Limits
+	expiry     *time.Timer
+	telemetry  *telemetry.Lease
 
 	// stream is nil until it arrives. Server.mu guards it till then; after, sending keeps senders apart.
 	stream  leaseStream

@@ -85,8 +85,7 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 		return nil, err
 	}
 	info := device.Info()
-	perToken, err := shadowPerToken(device, &info, geometry, config)
-	if err != nil {
+	if err := checkGeometry(&info, geometry); err != nil {
 		return nil, err
 	}
 	configJSON, err := json.Marshal(config)
@@ -98,21 +97,20 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 		return nil, err
 	}
 	l := &lease{
-		server:         s,
-		logger:         s.logger.With("lease", id, "engine", req.GetEngineName()),
-		owner:          identity(ctx),
-		info:           info,
-		geometry:       geometry,
-		config:         config,
-		configJSON:     string(configJSON),
-		warnings:       newWarnings(),
-		shadowPerToken: perToken,
-		device:         opened,
-		limits:         s.config.Limits.proto(&info),
-		ended:          make(chan error, 1),
-		telemetry:      s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
-		regions:        make(map[uint32]*region),
-		caches:         make(map[uint32]*cache),
+		server:     s,
+		logger:     s.logger.With("lease", id, "engine", req.GetEngineName()),
+		owner:      identity(ctx),
+		info:       info,
+		geometry:   geometry,
+		config:     config,
+		configJSON: string(configJSON),
+		warnings:   newWarnings(),
+		device:     opened,
+		limits:     s.config.Limits.proto(&info),
+		ended:      make(chan error, 1),
+		telemetry:  s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
+		regions:    make(map[uint32]*region),
+		caches:     make(map[uint32]*cache),
 	}
 	_, _ = rand.Read(l.token[:]) // never fails
 	if p, ok := authInfo(ctx).(unixPeer); ok {

@@ -39,7 +39,7 @@ type options struct {
 
 	Backend     []string `placeholder:"NAME" help:"Devices to serve, host (the CPU), cuda (every visible GPU) or both (host, and GPUs if there are any)."`
 	Workers     int      `default:"0" placeholder:"N" help:"Rows that the CPU computes at a time (as many as processors)."`
-	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory of each device for shadows, as in 512MiB or 8GiB (half of what it has)."`
+	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory of each device for shadows, as in 512MiB or 8GiB (half of what it has and, for the CPU, cgroups allow)."`
 
 	Worker    string `placeholder:"PATH" help:"Program that serves a lease on a GPU (twilight-worker, beside this one)."`
 	Spares    int    `default:"1" placeholder:"N" help:"Workers of each GPU that are kept warm, so that a lease need not wait for one to start; each takes some hundred MB of the GPU (1)."`

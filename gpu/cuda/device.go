@@ -160,7 +160,11 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens, nil
+	return m.bytesPerToken(g), nil
+}
+
+func (m *method) bytesPerToken(g *kv.Geometry) float64 {
+	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
 }
 
 // Open implements gpu.Device.

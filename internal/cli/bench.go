@@ -247,7 +247,7 @@ func (r *benchReport) print(w io.Writer, markdown bool) {
 	fmt.Fprintf(w, "a dense layer is %.1f MB and %.2f Gflop, at least %.2f ms, bound by %s: dense reaches %.0f%% of the limit\n\n",
 		r.DenseBytes/1e6, r.DenseOperations/1e9, r.LimitMilliseconds, bound, 100*r.LimitShare)
 
-	t := &table{header: []string{
+	t := &table{text: 1, header: []string{
 		"config", "ms", "speedup", "select", "prune", "attend", "candidates", "kept", "MB read", "GB/s", "allocs/row",
 	}}
 	through := r.Results[0].Service != nil

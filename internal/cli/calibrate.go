@@ -48,7 +48,7 @@ type calibrateDuo struct {
 func (*calibrateDuo) Help() string {
 	return `An approximation: the original trains a gate for each head on retrieval tasks, through the whole
 model; here a head's score is the attention it gives to tokens that a streaming head does not see. Layers
-that the captures lack are written as retrieval heads.`
+that the captures lack are written like the nearest that they have.`
 }
 
 func (c *calibrateDuo) Run() error {

@@ -32,16 +32,16 @@ func TestCalibrate(t *testing.T) {
 		configs = append(configs, "--configs", file)
 	}
 	args := append([]string{"compare", "--layers", "9", "--json"}, configs...)
-	var byFiles, byCapture []compared
+	var byFiles, byCapture comparison
 	_, stdout, _ := twilight(t, args...)
 	strictly(t, stdout, &byFiles)
 	_, stdout, _ = twilight(t, append(args, "--calibration", demoFile)...)
 	strictly(t, stdout, &byCapture)
-	for i := range byFiles {
-		a, b := byFiles[i].Report, byCapture[i].Report
+	for i := range byFiles.Configs {
+		a, b := &byFiles.Configs[i], &byCapture.Configs[i]
 		if a.MeanKept != b.MeanKept || a.RelErr != b.RelErr || a.MeanKept == 0 {
 			t.Errorf("%s: kept %v with error %v by files, %v with %v by capture",
-				byFiles[i].Name, a.MeanKept, a.RelErr, b.MeanKept, b.RelErr)
+				a.Name, a.MeanKept, a.RelErr, b.MeanKept, b.RelErr)
 		}
 	}
 }

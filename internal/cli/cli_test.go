@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -164,9 +165,10 @@ func TestCompare(t *testing.T) {
 		"compare", "--layers", "9", "--configs", "../../benchmark/configs/config_full.json",
 		"--configs", "../../benchmark/configs/config_quest_twi*.json", "--group", "union,per_query_head", "--token-budget", "512",
 	}
-	var runs []compared
+	var found comparison
 	_, stdout, stderr := twilight(t, append(args, "--json")...)
-	strictly(t, stdout, &runs)
+	strictly(t, stdout, &found)
+	runs := found.Configs
 	if len(runs) != 6 || runs[2].Name != "config_quest_twi" || runs[2].Group != "union" || runs[5].Group != "per_query_head" {
 		t.Fatalf("ran %+v", runs)
 	}
@@ -174,19 +176,23 @@ func TestCompare(t *testing.T) {
 		t.Errorf("dense rows are passed over: %q", stderr)
 	}
 	for _, run := range runs[2:] {
-		r := run.Report
-		if r.MeanCandidates < 490 || r.MeanCandidates > 512 || run.Coverage.Mean <= r.MeanTrueMass || run.Coverage.Worst < r.WorstTrueMass {
-			t.Errorf("%s, %s: %v candidates, coverage %v, masses %v and %v",
-				run.Name, run.Group, r.MeanCandidates, run.Coverage, r.MeanTrueMass, r.WorstTrueMass)
+		if run.MeanCandidates < 490 || run.MeanCandidates > 512 || run.MeanCoverage <= run.MeanTrueMass ||
+			run.WorstCoverage < run.WorstTrueMass || run.TokenBudget != 512 {
+			t.Errorf("%+v", run)
 		}
 	}
-	if full := runs[0]; full.Coverage.Mean < 1-1e-9 || full.Report.RelErr > 1e-3 {
-		t.Errorf("full has coverage %v and error %v", full.Coverage, full.Report.RelErr)
+	full := runs[0]
+	if full.MeanCoverage < 1-1e-9 || full.RelErr > 1e-3 || full.TokenBudget != 0 || full.ShadowBytesPerToken != 0 {
+		t.Errorf("%+v", full)
+	}
+	// Dense attention reads keys and values of 64 fp16 elements each, 4097 to 4104 of them.
+	if full.BytesPerRow != 4100.5*2*64*2 {
+		t.Errorf("dense attention reads %v bytes a row", full.BytesPerRow)
 	}
 
 	_, markdown, _ := twilight(t, append(args, "--markdown")...)
 	lines := strings.Split(strings.TrimSpace(markdown), "\n")
-	if len(lines) != 2+6 || !strings.HasPrefix(lines[1], "|---|---:|") {
+	if len(lines) != 2+6 || !strings.HasPrefix(lines[1], "|---|---|---:|") {
 		t.Errorf("table is\n%s", markdown)
 	}
 	for _, line := range lines {
@@ -197,6 +203,39 @@ func TestCompare(t *testing.T) {
 	_, plain, _ := twilight(t, append(args, "--target", daemon(t))...)
 	if !strings.Contains(plain, "config_quest_twi_p95") || strings.Contains(plain, "|") {
 		t.Errorf("table is\n%s", plain)
+	}
+}
+
+// TestCompareBudgets sweeps the budgets of those configs that have one.
+func TestCompareBudgets(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "pictures")
+	_, plain, _ := twilight(t, "compare", "--layers", "9", "--token-budget", "256,512", "--out", dir,
+		"--configs", "../../benchmark/configs/config_quest_twi.json", "--configs", "../../benchmark/configs/config_quest_1024.json",
+		"--configs", "../../benchmark/configs/config_full_twi.json")
+	data, err := os.ReadFile(filepath.Join(dir, "compare.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found comparison
+	strictly(t, string(data), &found)
+	var budgets []int
+	for i, run := range found.Configs {
+		budgets = append(budgets, run.TokenBudget)
+		if run.BytesPerRow <= 0 || i < 4 && run.MeanCandidates > float64(run.TokenBudget) {
+			t.Errorf("%+v", run)
+		}
+	}
+	if want := []int{256, 512, 256, 512, 0}; !slices.Equal(budgets, want) {
+		t.Errorf("ran with budgets %v, want %v", budgets, want)
+	}
+	if fields := strings.Fields(plain); fields[2] != "budget" {
+		t.Errorf("table is\n%s", plain)
+	}
+	for _, name := range []string{"compare.svg", "compare.png"} {
+		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Size() == 0 {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -1,16 +1,20 @@
 package cli
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/internal/capture"
+	"github.com/twilight-sidecar/twilight/internal/figure"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 	"github.com/twilight-sidecar/twilight/selector/ds"
 	"github.com/twilight-sidecar/twilight/selector/duo"
@@ -25,9 +29,10 @@ type compareCmd struct {
 	Layers      []int           `placeholder:"L" help:"Layers of the capture to run (all)."`
 	Group       []string        `enum:"union,per_query_head" placeholder:"MODE" help:"Run each config in these group modes, in place of its own: union, per_query_head."`
 	ShiftKeys   map[int]float32 `placeholder:"CHANNEL=BY" help:"Add a constant to key channels: outlier channels, with the same attention."`
-	TokenBudget int             `placeholder:"N" help:"Candidates of each selector that has a budget, in place of the configs'."`
+	TokenBudget []int           `placeholder:"N" help:"Candidates of each selector that has a budget, in place of the configs'. Of several, each is run."`
+	Out         string          `type:"path" placeholder:"DIR" help:"Also write there what --json prints, as compare.json, and pictures of it, as compare.svg and compare.png."`
 	Markdown    bool            `xor:"form" help:"Print the table as Markdown."`
-	JSON        bool            `name:"json" xor:"form" help:"Print an array of reports as JSON, and nothing else, on stdout."`
+	JSON        bool            `name:"json" xor:"form" help:"Print the results as JSON, and nothing else, on stdout."`
 }
 
 func (*compareCmd) Help() string {
@@ -39,6 +44,10 @@ The table to paste into a document:
 
     twilight compare --capture FILE --layers 2,9,17,25 --configs 'benchmark/configs/quality/*.json' --markdown
 
+Pictures of what pruning buys and costs: fixed budgets as curves, and what is pruned by points:
+
+    twilight compare --configs 'benchmark/configs/config_quest*.json' --token-budget 256,512,1024,2048 --out pictures
+
 What INT4 makes of outlier channels, which some models have, with and without equalisation:
 
     twilight compare --shift-keys '5=77;40=-40' --configs 'benchmark/configs/equalize/*.json'
@@ -46,35 +55,52 @@ What INT4 makes of outlier channels, which some models have, with and without eq
 Candidates and kept are tokens of a query head in a step; coverage and mass are the shares of the true
 attention that candidates and kept tokens hold, as computed here; the coverage comes from a second run of
 the config without its pruner. Head error is the mean of the single outputs' relative errors, error that
-of all together.`
+of all together. Bytes a row are what a KV head of a layer reads in a step, of cache and shadow together.
+
+With --json: {"configs": [{"name": ..., what replay --json has but its layers, "mean_coverage": ..., "bytes_per_row": ...,
+"shadow_bytes_per_token": ..., ...}]}.`
+}
+
+// comparison is what compare found.
+type comparison struct {
+	Configs []compared `json:"configs"`
 }
 
 // compared is one run of compare.
 type compared struct {
-	Name   string         `json:"name"`
-	Group  string         `json:"group"`
-	Report *replay.Report `json:"report"`
-	// Coverage is the report of the same config without its pruner: its masses are the candidates'.
-	Coverage             coverage `json:"coverage"`
-	MillisecondsPerLayer float64  `json:"milliseconds_per_layer"`
+	Name string `json:"name"`
+	// TokenBudget is that of --token-budget; 0 without, and where the selector has none.
+	TokenBudget int             `json:"token_budget,omitempty"`
+	Group       string          `json:"group"`
+	Config      json.RawMessage `json:"config"`
+	replay.Figures
+	// Coverage is the true mass of the candidates.
+	MeanCoverage         float64 `json:"mean_coverage"`
+	WorstCoverage        float64 `json:"worst_coverage"`
+	MinKept              int     `json:"min_kept"`
+	MaxKept              int     `json:"max_kept"`
+	BytesPerRow          float64 `json:"bytes_per_row"`
+	ShadowBytesPerToken  float64 `json:"shadow_bytes_per_token"`
+	MillisecondsPerLayer float64 `json:"milliseconds_per_layer"`
+
+	dense string // which rows were, and why
 }
 
-// coverage is the candidates' true mass.
-type coverage struct {
-	Mean  float64 `json:"mean"`
-	Worst float64 `json:"worst"`
+// job is a config to run, and the same without its pruner, whose kept tokens are the candidates.
+type job struct {
+	file             string
+	budget           int
+	config, unpruned string
 }
+
+func (j *job) name() string { return strings.TrimSuffix(filepath.Base(j.file), ".json") }
 
 func (c *compareCmd) Run(ctx context.Context, term *terminal) (err error) {
 	loaded, err := c.load()
 	if err != nil {
 		return err
 	}
-	files, err := c.files()
-	if err != nil {
-		return err
-	}
-	inline, err := c.inliner()
+	jobs, err := c.jobs()
 	if err != nil {
 		return err
 	}
@@ -84,41 +110,86 @@ func (c *compareCmd) Run(ctx context.Context, term *terminal) (err error) {
 	}
 	defer func() { err = errors.Join(err, stop()) }()
 
-	groups := c.Group
-	if len(groups) == 0 {
-		groups = []string{""}
+	found, err := compareAll(ctx, conn, loaded, jobs, newProgress(term.err))
+	if err != nil {
+		return err
 	}
-	bar := newProgress(term.err)
-	var runs []compared
-	for i, file := range files {
-		for _, group := range groups {
-			name := strings.TrimSuffix(filepath.Base(file), ".json")
-			run, err := c.run(ctx, conn, loaded, file, group, inline, func(done, all int) {
-				bar.show("compare: %s %s (%d of %d): %d of %d", name, group, i+1, len(files), done, all)
-			})
-			if err != nil {
-				bar.clear()
-				return fmt.Errorf("%s: %w", file, err)
-			}
-			run.Name = name
-			runs = append(runs, *run)
+	for _, run := range found.Configs {
+		if run.dense != "" {
+			fmt.Fprintf(term.err, "%s, %s: dense were %s\n", run.Name, run.Group, run.dense)
 		}
 	}
-	bar.clear()
-	for _, run := range runs {
-		if text := denseText(run.Report); text != "" {
-			fmt.Fprintf(term.err, "%s, %s: dense were %s\n", run.Name, run.Group, text)
+	if c.Out != "" {
+		if err := found.write(c.Out); err != nil {
+			return err
 		}
 	}
-	if c.JSON {
-		return printJSON(term.out, runs)
-	}
-	if c.Markdown {
-		compareTable(runs, false).markdown(term.out)
-	} else {
-		compareTable(runs, true).print(term.out)
+	switch t := compareTable(found.Configs, len(c.TokenBudget) > 1, !c.Markdown); {
+	case c.JSON:
+		return printJSON(term.out, found)
+	case c.Markdown:
+		t.markdown(term.out)
+	default:
+		t.print(term.out)
 	}
 	return nil
+}
+
+// compareAll runs the jobs, equal configs once.
+func compareAll(
+	ctx context.Context, conn *client.Client, loaded *capture.Capture, jobs []job, bar *progress,
+) (*comparison, error) {
+	defer bar.clear()
+	reports := make(map[string]*replay.Report)
+	for _, j := range jobs {
+		reports[j.config], reports[j.unpruned] = nil, nil
+	}
+	done := 0
+	run := func(j *job, config string) (*replay.Report, error) {
+		if r := reports[config]; r != nil {
+			return r, nil
+		}
+		r, err := replay.Run(ctx, conn, replay.Options{
+			Capture: loaded, Config: config, EngineName: "twilight compare", Seed: 1,
+			Progress: func(part, parts int) {
+				bar.bar(fmt.Sprintf("compare: %s (%d of %d)", j.name(), done+1, len(reports)),
+					float64(done)+float64(part)/float64(parts), float64(len(reports)))
+			},
+		})
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", j.file, err)
+		}
+		reports[config] = r
+		done++
+		return r, nil
+	}
+	found := &comparison{}
+	for i := range jobs {
+		j := &jobs[i]
+		r, err := run(j, j.config)
+		if err != nil {
+			return nil, err
+		}
+		candidates, err := run(j, j.unpruned)
+		if err != nil {
+			return nil, err
+		}
+		var ran struct {
+			Group string `json:"group"`
+		}
+		if err := json.Unmarshal(r.Config, &ran); err != nil {
+			return nil, err
+		}
+		found.Configs = append(found.Configs, compared{
+			Name: j.name(), TokenBudget: j.budget, Group: ran.Group, Config: r.Config, Figures: r.Figures,
+			MeanCoverage: candidates.MeanTrueMass, WorstCoverage: candidates.WorstTrueMass,
+			MinKept: r.Facts.Kept.Min, MaxKept: r.Facts.Kept.Max,
+			BytesPerRow: r.BytesPerRow(), ShadowBytesPerToken: r.Facts.Shadow.PerToken,
+			MillisecondsPerLayer: r.Facts.Decode.Seconds() * 1000 / float64(r.Steps*len(r.Layers)),
+			dense:                denseText(r),
+		})
+	}
+	return found, nil
 }
 
 func (c *compareCmd) load() (*capture.Capture, error) {
@@ -206,58 +277,178 @@ func (c *compareCmd) connect(ctx context.Context) (*client.Client, func() error,
 	return conn, conn.Close, nil
 }
 
-// run runs a config, and again without its pruner.
-func (c *compareCmd) run(
-	ctx context.Context, conn *client.Client, loaded *capture.Capture, file, group string, inline inliner,
-	progress func(done, all int),
-) (*compared, error) {
-	var reports [2]*replay.Report
-	for i := range reports {
-		config, err := readConfig(file, replay.Overrides{Group: group, TokenBudget: c.TokenBudget, NoPruner: i == 1}, inline)
-		if err != nil {
-			return nil, err
-		}
-		reports[i], err = replay.Run(ctx, conn, replay.Options{
-			Capture: loaded, Config: config, EngineName: "twilight compare", Seed: 1,
-			Progress: func(done, all int) { progress(i*all+done, len(reports)*all) },
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	r := reports[0]
-	var ran struct {
-		Group string `json:"group"`
-	}
-	if err := json.Unmarshal(r.Config, &ran); err != nil {
+// jobs are the configs in each group mode, with each budget.
+func (c *compareCmd) jobs() ([]job, error) {
+	files, err := c.files()
+	if err != nil {
 		return nil, err
 	}
-	calls := r.Steps * len(r.Layers)
-	return &compared{
-		Group: ran.Group, Report: r,
-		Coverage:             coverage{Mean: reports[1].MeanTrueMass, Worst: reports[1].WorstTrueMass},
-		MillisecondsPerLayer: r.Facts.Decode.Seconds() * 1000 / float64(calls),
-	}, nil
+	inline, err := c.inliner()
+	if err != nil {
+		return nil, err
+	}
+	groups := c.Group
+	if len(groups) == 0 {
+		groups = []string{""}
+	}
+	for _, budget := range c.TokenBudget {
+		if budget < 1 {
+			return nil, fmt.Errorf("--token-budget names %d tokens, expected at least 1", budget)
+		}
+	}
+	var jobs []job
+	for _, file := range files {
+		own, err := readConfig(file, replay.Overrides{}, inline)
+		if err != nil {
+			return nil, err
+		}
+		budgets := c.TokenBudget
+		if len(budgets) == 0 || !replay.HasBudget([]byte(own)) {
+			budgets = []int{0}
+		}
+		for _, group := range groups {
+			for _, budget := range budgets {
+				j := job{file: file, budget: budget}
+				for to, o := range map[*string]replay.Overrides{
+					&j.config:   {Group: group, TokenBudget: budget},
+					&j.unpruned: {Group: group, TokenBudget: budget, NoPruner: true},
+				} {
+					changed, err := o.Apply([]byte(own))
+					if err != nil {
+						return nil, fmt.Errorf("%s: %w", file, err)
+					}
+					*to = string(changed)
+				}
+				jobs = append(jobs, j)
+			}
+		}
+	}
+	return jobs, nil
+}
+
+// write writes all of it to a folder, for programs and for people.
+func (c *comparison) write(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // for everyone to read, as are the files
+		return err
+	}
+	series, err := c.series()
+	if err != nil {
+		return err
+	}
+	for name, write := range map[string]func(io.Writer) error{
+		"compare.json": func(w io.Writer) error { return printJSON(w, c) },
+		"compare.svg":  func(w io.Writer) error { return figure.Write(w, "svg", series) },
+		"compare.png":  func(w io.Writer) error { return figure.Write(w, "png", series) },
+	} {
+		var file bytes.Buffer
+		if err := write(&file); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), file.Bytes(), 0o644); err != nil { //nolint:gosec // likewise
+			return err
+		}
+	}
+	return nil
+}
+
+// series gathers the budgets of each config. Dense attention is none of them.
+func (c *comparison) series() ([]figure.Series, error) {
+	var list []figure.Series
+	at := make(map[[2]string]int)
+	groups := make(map[string]bool)
+	for _, run := range c.Configs {
+		groups[run.Group] = true
+	}
+	for _, run := range c.Configs {
+		var config pictured
+		if err := json.Unmarshal(run.Config, &config); err != nil {
+			return nil, err
+		}
+		s := figure.Series{Method: config.method(), Pruner: config.pruner()}
+		if s.Method == allTokens && s.Pruner == "" {
+			continue
+		}
+		if len(groups) > 1 {
+			s.Method += ", " + strings.ReplaceAll(run.Group, "_", " ")
+		}
+		key := [2]string{run.Name, run.Group}
+		i, has := at[key]
+		if !has {
+			i = len(list)
+			at[key], list = i, append(list, s)
+		}
+		list[i].Points = append(list[i].Points,
+			figure.Point{Kept: run.MeanKept, HeadError: run.MeanHeadRelErr, WorstMass: run.WorstTrueMass})
+	}
+	return list, nil
+}
+
+// pictured is what a picture tells of a config.
+type pictured struct {
+	Compressor, Selector struct{ Type string }
+	Pruner               struct {
+		Type      string
+		Threshold float64
+	} `json:"weight_pruner"`
+	Coverage float64
+	POver    string `json:"p_over"`
+}
+
+const allTokens = "all tokens"
+
+// method names what selects the candidates.
+func (p *pictured) method() string {
+	var parts []string
+	for _, kind := range []string{p.Compressor.Type, p.Selector.Type} {
+		if kind != "none" {
+			parts = append(parts, kind)
+		}
+	}
+	name := cmp.Or(strings.Join(parts, " + "), allTokens)
+	if p.Coverage > 0 {
+		name += fmt.Sprintf(", coverage %v", p.Coverage)
+	}
+	return name
+}
+
+// pruner names what prunes them, "" for nothing.
+func (p *pictured) pruner() string {
+	if p.Pruner.Type == "none" {
+		return ""
+	}
+	name := fmt.Sprintf("%s %v", p.Pruner.Type, p.Pruner.Threshold)
+	if p.POver == "all" {
+		name += " over all"
+	}
+	return name
 }
 
 // compareTable shows the runs; timed adds how long a layer took, which only this machine now can tell.
-func compareTable(runs []compared, timed bool) *table {
-	t := &table{header: []string{
-		"config", "group", "candidates", "kept", "min", "max", "coverage", "worst", "mass", "worst", "head error", "error",
-		"shadow B/token",
-	}}
+func compareTable(runs []compared, budgets, timed bool) *table {
+	t := &table{text: 2, header: []string{"config", "group"}}
+	if budgets {
+		t.header = append(t.header, "budget")
+	}
+	t.header = append(t.header, "candidates", "coverage", "worst", "kept", "min", "max", "mass", "worst", "head error", "error",
+		"bytes/row", "shadow B/token")
 	if timed {
 		t.header = append(t.header, "ms/layer")
 	}
 	for _, run := range runs {
-		r := run.Report
-		cells := []string{
-			run.Name, run.Group, fmt.Sprintf("%.0f", r.MeanCandidates),
-			tokens(r.MeanKept), fmt.Sprint(r.Facts.Kept.Min), fmt.Sprint(r.Facts.Kept.Max),
-			share(run.Coverage.Mean), share(run.Coverage.Worst), share(r.MeanTrueMass), share(r.WorstTrueMass),
-			relErr(r.MeanHeadRelErr), relErr(r.RelErr),
-			fmt.Sprintf("%.0f", r.Facts.Shadow.PerToken),
+		cells := []string{run.Name, run.Group}
+		if budgets {
+			budget := ""
+			if run.TokenBudget > 0 {
+				budget = fmt.Sprint(run.TokenBudget)
+			}
+			cells = append(cells, budget)
 		}
+		cells = append(cells,
+			fmt.Sprintf("%.0f", run.MeanCandidates), share(run.MeanCoverage), share(run.WorstCoverage),
+			tokens(run.MeanKept), fmt.Sprint(run.MinKept), fmt.Sprint(run.MaxKept),
+			share(run.MeanTrueMass), share(run.WorstTrueMass), relErr(run.MeanHeadRelErr), relErr(run.RelErr),
+			fmt.Sprintf("%.0f", run.BytesPerRow), fmt.Sprintf("%.0f", run.ShadowBytesPerToken),
+		)
 		if timed {
 			cells = append(cells, fmt.Sprintf("%.1f", run.MillisecondsPerLayer))
 		}

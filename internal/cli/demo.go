@@ -52,7 +52,7 @@ func (c *demoCmd) Run(ctx context.Context, term *terminal) (err error) {
 	bar := newProgress(term.err)
 	report, err := replay.Run(ctx, conn, replay.Options{
 		Capture: loaded, Config: string(config), EngineName: "twilight demo", Seed: 1,
-		Progress: func(done, all int) { bar.show("demo: %d of %d", done, all) },
+		Progress: func(done, all int) { bar.bar("demo", float64(done), float64(all)) },
 	})
 	bar.clear()
 	if err != nil {

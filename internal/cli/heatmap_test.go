@@ -11,7 +11,7 @@ import (
 
 // report has layers x heads cells, cell i of which keeps start*factor^i tokens.
 func report(layers, heads int, start, factor float64) *replay.Report {
-	r := &replay.Report{Steps: 1, Facts: replay.Facts{Tokens: 1000, KVHeads: 1}}
+	r := &replay.Report{Figures: replay.Figures{Steps: 1}, Facts: replay.Facts{Tokens: 1000, KVHeads: 1}}
 	for l := range layers {
 		layer := replay.Layer{Layer: l}
 		for h := range heads {
@@ -83,7 +83,7 @@ func TestHeatmapPrint(t *testing.T) {
 
 func TestTable(t *testing.T) {
 	t.Parallel()
-	x := table{header: []string{"name", "n"}}
+	x := table{text: 1, header: []string{"name", "n"}}
 	x.add("a", "100")
 	x.add("löng", "")
 	var plain, markdown bytes.Buffer

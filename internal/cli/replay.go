@@ -111,7 +111,7 @@ func (c *replayCmd) Run(ctx context.Context, term *terminal, source *gpuSource) 
 	}()
 	bar := newProgress(term.err)
 	o.Tracer = told.TracerProvider().Tracer("github.com/twilight-sidecar/twilight/cmd/twilight")
-	o.Progress = func(done, all int) { bar.show("replay: %d of %d", done, all) }
+	o.Progress = func(done, all int) { bar.bar("replay", float64(done), float64(all)) }
 	report, err := replay.Run(ctx, conn, o)
 	bar.clear()
 	if err != nil {
@@ -133,9 +133,6 @@ func readConfig(path string, o replay.Overrides, inline inliner) (string, error)
 	}
 	if config, err = inline(config, path); err != nil {
 		return "", fmt.Errorf("%s: %w", path, err)
-	}
-	if o == (replay.Overrides{}) {
-		return string(config), nil
 	}
 	changed, err := o.Apply(config)
 	if err != nil {
@@ -171,6 +168,8 @@ func describe(w io.Writer, r *replay.Report, c *capture.Capture) {
 	fmt.Fprintf(w, "config   %s\n", summary(r.Config))
 	fmt.Fprintf(w, "memory   %s of %v cache lent, %s of shadow (%.0f bytes a token)\n",
 		bytesText(uint64(f.CacheBytes)), f.DType, bytesText(f.Shadow.Bytes), f.Shadow.PerToken)
+	fmt.Fprintf(w, "read     %s a row, %.0f%% of it shadow\n", bytesText(uint64(r.BytesPerRow())),
+		100*float64(f.Read.Shadow)/float64(max(1, f.Read.Cache+f.Read.Shadow)))
 	if text := denseText(r); text != "" {
 		fmt.Fprintf(w, "dense    %s\n", text)
 	}
@@ -210,7 +209,7 @@ func denseText(r *replay.Report) string {
 }
 
 func printHeads(w io.Writer, r *replay.Report) {
-	t := table{header: []string{"layer", "head", "candidates", "kept", "true mass", "worst", "error"}}
+	t := table{text: 1, header: []string{"layer", "head", "candidates", "kept", "true mass", "worst", "error"}}
 	for _, l := range r.Layers {
 		for _, h := range l.Heads {
 			t.add(fmt.Sprintf("%5d", l.Layer), fmt.Sprint(h.Head), tokens(h.Candidates), tokens(h.Kept),

@@ -70,9 +70,17 @@ func (p *progress) show(format string, args ...any) {
 
 func (p *progress) clear() { p.show("") }
 
-// table aligns columns: the first to the left, all others to the right.
+// bar shows how much of all is done.
+func (p *progress) bar(what string, done, all float64) {
+	const width = 30
+	cells := int(done / all * width)
+	p.show("[%s%s] %s", strings.Repeat("=", cells), strings.Repeat(" ", width-cells), what)
+}
+
+// table aligns columns: the first, which are text, to the left, all others to the right.
 type table struct {
 	header []string
+	text   int // columns of text
 	rows   [][]string
 }
 
@@ -93,10 +101,10 @@ func (t *table) print(w io.Writer) {
 	for _, row := range append([][]string{t.header}, t.rows...) {
 		var line strings.Builder
 		for i, cell := range row {
-			if i == 0 {
-				fmt.Fprintf(&line, "%-*s", widths[i], cell)
+			if i < t.text {
+				fmt.Fprintf(&line, "%-*s  ", widths[i], cell)
 			} else {
-				fmt.Fprintf(&line, "  %*s", widths[i], cell)
+				fmt.Fprintf(&line, "%*s  ", widths[i], cell)
 			}
 		}
 		fmt.Fprintln(w, strings.TrimRight(line.String(), " "))
@@ -104,7 +112,8 @@ func (t *table) print(w io.Writer) {
 }
 
 func (t *table) markdown(w io.Writer) {
-	fmt.Fprintf(w, "| %s |\n|---|%s\n", strings.Join(t.header, " | "), strings.Repeat("---:|", len(t.header)-1))
+	fmt.Fprintf(w, "| %s |\n|%s%s\n", strings.Join(t.header, " | "),
+		strings.Repeat("---|", t.text), strings.Repeat("---:|", len(t.header)-t.text))
 	for _, row := range t.rows {
 		fmt.Fprintf(w, "| %s |\n", strings.Join(row, " | "))
 	}

@@ -237,7 +237,8 @@ type Device struct {
 	ArmedSteps    bool `protobuf:"varint,17,opt,name=armed_steps,json=armedSteps,proto3" json:"armed_steps,omitempty"`
 	DeviceBatches bool `protobuf:"varint,18,opt,name=device_batches,json=deviceBatches,proto3" json:"device_batches,omitempty"`
 	// Answer to GetCapabilitiesRequest.shadow: bytes per token over all layers and KV heads of the
-	// geometry. Absent if no question was asked or shadow_refusal says why there is no answer.
+	// geometry, whose layers are taken for the model's first: those that skip_first_two_layers leaves dense
+	// may need none. Absent if no question was asked or shadow_refusal says why there is no answer.
 	ShadowBytesPerToken *float64 `protobuf:"fixed64,19,opt,name=shadow_bytes_per_token,json=shadowBytesPerToken,proto3,oneof" json:"shadow_bytes_per_token,omitempty"`
 	ShadowRefusal       string   `protobuf:"bytes,20,opt,name=shadow_refusal,json=shadowRefusal,proto3" json:"shadow_refusal,omitempty"`
 	// Why no lease can be opened on the device for now, in one sentence; "" if one can.
