@@ -294,6 +294,39 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
+// workerScript is a worker's program.
+func workerScript(t *testing.T, body string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "twilight-worker")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// A GPU that cannot be used is told, beside the devices that can.
+func TestUnusableGPU(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(tempDir(t), "t.sock")
+	p := launch(t, "--listen", "unix://"+path, "--worker", workerScript(t,
+		`[ "$1" = list ] && exec echo '[{"uuid": "GPU-1", "name": "Blank", "memory_bytes": 8589934592}]'; echo broken; exit 3`))
+	p.says("worker did not start")
+	p.says("serving")
+	told, err := twilightv1.NewTwilightServiceClient(dial(t, "unix://"+path)).GetCapabilities(t.Context(), &twilightv1.GetCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	devices := told.GetDevices()
+	if len(devices) != 2 || devices[0].GetId() != "host" || devices[0].Mps != nil || devices[1].GetId() != "GPU-1" ||
+		devices[1].GetShadowBytesTotal() != 4<<30 || !strings.Contains(devices[1].GetUnusable(), "broken") {
+		t.Errorf("devices %v", devices)
+	}
+	p.signal(syscall.SIGTERM)
+	if state := p.exit(); state.ExitCode() != 0 {
+		t.Errorf("exit: %v", state)
+	}
+}
+
 func TestTCP(t *testing.T) {
 	t.Parallel()
 	p := launch(t, "--listen", "tcp://127.0.0.1:0", "--insecure-tcp")
@@ -354,6 +387,12 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"--listen", unix, "--shadow-limit", "8GB"}, exitUsage, "8GiB"},
 		{[]string{"--listen", unix, "--drain-timeout", "8s"}, exitUsage, "--drain-timeout"},
 		{[]string{"--listen", unix, "--workers=-1"}, exitUsage, "--workers"},
+		{[]string{"--listen", unix, "--spares=-1"}, exitUsage, "--spares"},
+		{[]string{"--listen", unix, "--gpu-leases=0"}, exitUsage, "--gpu-leases"},
+		{[]string{"--listen", unix, "--backend", "host,tpu"}, exitUsage, "--backend"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", filepath.Join(dir, "none")}, exitFailed, "--backend cuda"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", workerScript(t, "echo '[]'")}, exitFailed, "no GPU is visible"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", workerScript(t, "echo no driver; exit 1")}, exitFailed, "no driver"},
 		{[]string{"--listen", unix, "--log-level", "loud"}, exitUsage, "--log-level"},
 		{[]string{"--settings", file}, exitUsage, "configuration file"},
 		{[]string{"--listen", "unix://" + file}, exitFailed, "no socket"},
