@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -33,6 +34,9 @@ const runVar = "TWILIGHTD_TEST_RUN"
 const deadline = time.Minute
 
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == workerName {
+		os.Exit(brokenWorker())
+	}
 	if os.Getenv(runVar) != "" {
 		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 	}
@@ -294,11 +298,33 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
-// workerScript is a worker's program.
-func workerScript(t *testing.T, body string) (path string) {
+// workerName makes this test's binary, called by it, a worker that serves nothing.
+const workerName = "twilight-worker"
+
+// brokenWorker answers a list of GPUs by the file beside it of that name.
+func brokenWorker() int {
+	if os.Args[1] == "list" {
+		list, err := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), "list"))
+		if fmt.Printf("%s", list); err == nil && list[0] == '[' {
+			return 0
+		}
+	}
+	fmt.Println("broken")
+	return exitFailed
+}
+
+// worker is the program of a brokenWorker.
+func worker(t *testing.T, list string) (path string) {
 	t.Helper()
-	path = filepath.Join(t.TempDir(), "twilight-worker")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body+"\n"), 0o700); err != nil {
+	path = filepath.Join(t.TempDir(), workerName)
+	self, err := os.Executable()
+	if err == nil {
+		err = os.Symlink(self, path)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(filepath.Dir(path), "list"), []byte(list), 0o600)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -308,8 +334,7 @@ func workerScript(t *testing.T, body string) (path string) {
 func TestUnusableGPU(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(tempDir(t), "t.sock")
-	p := launch(t, "--listen", "unix://"+path, "--worker", workerScript(t,
-		`[ "$1" = list ] && exec echo '[{"uuid": "GPU-1", "name": "Blank", "memory_bytes": 8589934592}]'; echo broken; exit 3`))
+	p := launch(t, "--listen", "unix://"+path, "--worker", worker(t, `[{"uuid": "GPU-1", "name": "Blank", "memory_bytes": 8589934592}]`))
 	p.says("worker did not start")
 	p.says("serving")
 	told, err := twilightv1.NewTwilightServiceClient(dial(t, "unix://"+path)).GetCapabilities(t.Context(), &twilightv1.GetCapabilitiesRequest{})
@@ -391,8 +416,8 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"--listen", unix, "--gpu-leases=0"}, exitUsage, "--gpu-leases"},
 		{[]string{"--listen", unix, "--backend", "host,tpu"}, exitUsage, "--backend"},
 		{[]string{"--listen", unix, "--backend", "cuda", "--worker", filepath.Join(dir, "none")}, exitFailed, "--backend cuda"},
-		{[]string{"--listen", unix, "--backend", "cuda", "--worker", workerScript(t, "echo '[]'")}, exitFailed, "no GPU is visible"},
-		{[]string{"--listen", unix, "--backend", "cuda", "--worker", workerScript(t, "echo no driver; exit 1")}, exitFailed, "no driver"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", worker(t, "[]")}, exitFailed, "no GPU is visible"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", worker(t, "no driver")}, exitFailed, "no driver"},
 		{[]string{"--listen", unix, "--log-level", "loud"}, exitUsage, "--log-level"},
 		{[]string{"--settings", file}, exitUsage, "configuration file"},
 		{[]string{"--listen", "unix://" + file}, exitFailed, "no socket"},
