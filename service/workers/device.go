@@ -21,11 +21,12 @@ import (
 )
 
 const (
-	// minPause and maxPause bound the time, doubled each time, between starts that fail.
-	minPause = 250 * time.Millisecond
-	maxPause = 30 * time.Second
-	// sound is how long a worker must live for its death not to count as a failed start.
-	sound = 10 * time.Second
+	// Starts that fail in a row are minPause apart, twice as long each time, up to startPause; those after
+	// deaths of workers that could serve, but lived for less than sound, up to deathPause.
+	minPause   = 250 * time.Millisecond
+	startPause = 30 * time.Second
+	deathPause = time.Second
+	sound      = 10 * time.Second
 )
 
 // device is a GPU and its workers.
@@ -330,7 +331,7 @@ func (d *device) bring(ctx context.Context) {
 	} else if !d.draining {
 		d.unusable = err.Error()
 		d.logger.Error("worker did not start", "error", err)
-		d.failedLocked()
+		d.failedLocked(startPause)
 		for _, w := range d.waiting {
 			w.answer <- started{err: fault.Newf(fault.Unavailable, "device", "%s cannot be used: %s", d.gpu.UUID, d.unusable)}
 		}
@@ -369,8 +370,8 @@ func (d *device) launch(ctx context.Context) (*process, *twilightv1.Device, erro
 }
 
 // failedLocked puts off the next start.
-func (d *device) failedLocked() {
-	pause := min(minPause<<min(d.failures, 10), maxPause)
+func (d *device) failedLocked(longest time.Duration) {
+	pause := min(minPause<<min(d.failures, 10), longest)
 	d.failures++
 	d.retryAt = time.Now().Add(pause)
 	if d.retry != nil {

@@ -233,6 +233,7 @@ type engine struct {
 	cache    *client.Cache
 	states   chan client.State
 	sequence uint64 // the last one
+	trace    client.Trace
 }
 
 const (
@@ -285,9 +286,9 @@ func (e *engine) decode(tokens int) (string, error) {
 		table[i] = int32(i)
 	}
 	e.sequence++
-	step, err := e.cache.Step(e.t.Context(), client.Batch{Sequences: []client.Sequence{
-		{ID: e.sequence, Len: tokens, Table: table},
-	}})
+	step, err := e.cache.Step(e.t.Context(), client.Batch{
+		Sequences: []client.Sequence{{ID: e.sequence, Len: tokens, Table: table}}, Trace: e.trace,
+	})
 	if err != nil {
 		return "", err
 	}

@@ -338,7 +338,7 @@ func (d *device) reaped(ctx context.Context, w *process) {
 	case !w.ready.IsZero(): // those that never were are bring's
 		level = slog.LevelWarn
 		if time.Since(w.ready) < sound {
-			d.failedLocked()
+			d.failedLocked(deathPause)
 		}
 	}
 	d.logger.Log(ctx, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason,

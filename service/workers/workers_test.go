@@ -2,6 +2,7 @@ package workers_test
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -13,12 +14,14 @@ import (
 	"testing"
 	"time"
 
+	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/otlptest"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 	"github.com/twilight-sidecar/twilight/service/workers"
 )
@@ -255,10 +258,12 @@ func TestDaemonDies(t *testing.T) {
 			}
 			e := newEngine(t, c, "GPU-1")
 			want := e.mustDecode(120)
-			pids := children(t, daemon.Process.Pid)
-			if len(pids) < 2 {
-				t.Errorf("the daemon has the workers %v", pids)
+			wrong(t, dir, "GPU-0", "hang")
+			busy := newEngine(t, c, "GPU-0") // whose spare's successor hangs as it starts
+			for len(children(t, daemon.Process.Pid)) < 4 {
+				time.Sleep(time.Millisecond)
 			}
+			pids := children(t, daemon.Process.Pid)
 			signalTo(t, daemon.Process.Pid, how)
 			e.until(client.StateLost)
 			_ = daemon.Wait()
@@ -276,13 +281,16 @@ func TestDaemonDies(t *testing.T) {
 					t.Fatalf("%d workers outlive the daemon", left)
 				}
 			}
+			wrong(t, dir, "GPU-0", "")
 			start()
-			e.until(client.StateLive)
-			if e.mustDecode(120) != want {
-				t.Error("the next daemon answers differently")
-			}
-			if err := e.session.Close(); err != nil {
-				t.Error(err)
+			for _, e := range []*engine{e, busy} {
+				e.until(client.StateLive)
+				if e.mustDecode(120) != want {
+					t.Error("the next daemon answers differently")
+				}
+				if err := e.session.Close(); err != nil {
+					t.Error(err)
+				}
 			}
 		})
 	}
@@ -392,6 +400,44 @@ func TestTelemetry(t *testing.T) {
 	d.becomes(t, "twilight_leases_opened_total", 2)
 	d.becomes(t, steps, 6)
 	d.becomes(t, "twilight_memory_lent_bytes", 2*half)
+}
+
+// One trace has the engine's step and the worker's, which the worker sends itself and links to the call that
+// opened the lease at the daemon.
+func TestTraces(t *testing.T) {
+	collector := otlptest.Start(t, nil)
+	for name, value := range map[string]string{
+		"OTEL_EXPORTER_OTLP_ENDPOINT": collector.Endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+		"OTEL_BSP_SCHEDULE_DELAY": "5", "OTEL_METRICS_EXPORTER": "none", "OTEL_TRACES_SAMPLER": "parentbased_always_on",
+	} {
+		t.Setenv(name, value)
+	}
+	dir := folder(t)
+	serve(t, dir, workers.Options{Spares: 1})
+	e := newEngine(t, dial(t, dir), "GPU-0")
+	e.trace.Parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	e.mustDecode(100)
+	found := func(name string) (span *tracepb.Span) {
+		collector.Wait(t, name, func() bool {
+			for _, s := range collector.Spans() {
+				if s.GetName() == name {
+					span = s
+				}
+			}
+			return span != nil
+		})
+		return span
+	}
+	opened, step := found("twilight.v1.TwilightService/OpenLease"), found("twilight.step")
+	if hex.EncodeToString(step.GetParentSpanId()) != "b7ad6b7169203331" {
+		t.Errorf("the step's parent is %x", step.GetParentSpanId())
+	}
+	if links := step.GetLinks(); len(links) != 1 || string(links[0].GetSpanId()) != string(opened.GetSpanId()) {
+		t.Errorf("the step links to %v, not to %x", links, opened.GetSpanId())
+	}
+	if layer := found("twilight.layer"); string(layer.GetParentSpanId()) != string(step.GetSpanId()) {
+		t.Errorf("the layer's parent is %x", layer.GetParentSpanId())
+	}
 }
 
 // A worker's socket serves the one lease, of the one peer, and nobody else.
