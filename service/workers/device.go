@@ -250,14 +250,14 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 	return nil, false, ctx.Err()
 }
 
-// refusalLocked is why no worker can be started now.
+// refusalLocked is why there is no use in waiting for a worker.
 func (d *device) refusalLocked() error {
 	switch pause := time.Until(d.retryAt); {
 	case d.draining:
 		return fault.Newf(fault.Unavailable, "", "the daemon is shutting down: open a lease with its successor")
-	case pause > 0:
-		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v", d.gpu.UUID,
-			cmp.Or(d.unusable, "its workers keep dying"), pause.Round(100*time.Millisecond))
+	case pause > 0 && d.unusable != "":
+		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v",
+			d.gpu.UUID, d.unusable, pause.Round(100*time.Millisecond))
 	}
 	return nil
 }
@@ -300,7 +300,7 @@ func (d *device) wantedLocked() int {
 func (d *device) refill(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.refusalLocked() != nil {
+	if d.draining || time.Now().Before(d.retryAt) {
 		return
 	}
 	takers, borrowers := 0, 0

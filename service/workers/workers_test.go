@@ -58,9 +58,9 @@ func signalTo(t testing.TB, pid int, s syscall.Signal) {
 // A lease is served by a worker of its own, at a socket of its own, and the worker ends with it.
 func TestLease(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	d := serve(t, dir, workers.Options{Spares: 1})
-	d.becomes(t, spares, 2)
+	d.becomes(t, spares, 1)
 	c := dial(t, dir)
 	first, second := newEngine(t, c, "GPU-0"), newEngine(t, c, "GPU-0")
 	want := first.mustDecode(200)
@@ -71,7 +71,7 @@ func TestLease(t *testing.T) {
 		t.Errorf("the leases' workers are %v", pids)
 	}
 	d.becomes(t, leased, 2)
-	d.becomes(t, spares, 2)
+	d.becomes(t, spares, 1)
 	for _, e := range []*engine{first, second} {
 		if err := e.session.Close(); err != nil {
 			t.Error(err)
@@ -90,9 +90,9 @@ func TestLease(t *testing.T) {
 // Without spares a worker is started for each lease.
 func TestCold(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	d := serve(t, dir, workers.Options{})
-	newEngine(t, dial(t, dir), "GPU-1").mustDecode(100)
+	newEngine(t, dial(t, dir), "GPU-0").mustDecode(100)
 	series := d.scrape(t)
 	if series[spares] != 0 || series[`twilight_worker_open_duration_seconds_count{twilight_worker_start="cold"}`] != 1 {
 		t.Errorf("%v spares, or no cold lease", series[spares])
@@ -169,7 +169,7 @@ func TestWorkerDies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := folder(t)
-			d := serve(t, dir, workers.Options{Spares: 1, HealthTimeout: time.Second})
+			d := serve(t, dir, workers.Options{Spares: 1, HealthTimeout: 2 * time.Second})
 			c := dial(t, dir)
 			e := newEngine(t, c, "GPU-0")
 			victim := leasedTo(t, dir)
@@ -331,23 +331,26 @@ func TestDrain(t *testing.T) {
 // used all along.
 func TestUnusable(t *testing.T) {
 	t.Parallel()
-	for how, says := range map[string]string{
-		"no kernels for this GPU": "no kernels for this GPU",
-		"crash":                   "the driver says no",
-		"hang":                    "not ready within",
+	for how, test := range map[string]struct {
+		says    string
+		timeout time.Duration
+	}{
+		"no kernels for this GPU": {"no kernels for this GPU", deadline},
+		"crash":                   {"the driver says no", deadline},
+		"hang":                    {"not ready within", 3 * time.Second},
 	} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			dir := folder(t)
 			wrong(t, dir, "GPU-0", how)
-			d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: 2 * time.Second})
+			d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: test.timeout})
 			c := dial(t, dir)
 			told, err := c.Capabilities(t.Context(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, says) {
-				t.Errorf("unusable because of %q, not %q", why, says)
+			if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, test.says) {
+				t.Errorf("unusable because of %q, not %q", why, test.says)
 			}
 			if why := told.GetDevices()[1].GetUnusable(); why != "" {
 				t.Errorf("the other GPU is unusable: %s", why)
@@ -412,7 +415,7 @@ func TestTraces(t *testing.T) {
 	} {
 		t.Setenv(name, value)
 	}
-	dir := folder(t)
+	dir := oneGPU(t)
 	serve(t, dir, workers.Options{Spares: 1})
 	e := newEngine(t, dial(t, dir), "GPU-0")
 	e.trace.Parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -443,7 +446,7 @@ func TestTraces(t *testing.T) {
 // A worker's socket serves the one lease, of the one peer, and nobody else.
 func TestForeignPeers(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	serve(t, dir, workers.Options{Spares: 1})
 	newEngine(t, dial(t, dir), "GPU-0")
 	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, fmt.Sprintf("d.%d", leasedTo(t, dir)[0])),
@@ -475,7 +478,7 @@ func TestForeignPeers(t *testing.T) {
 func TestNoGPUs(t *testing.T) {
 	t.Parallel()
 	dir := folder(t)
-	wrong(t, dir, "none", "none")
+	wrong(t, dir, "none", "")
 	if _, err := workers.New(t.Context(), workers.Options{Path: filepath.Join(dir, workerName)}); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("without a driver: %v", err)
 	}
