@@ -185,9 +185,13 @@ func (d *device) open(ctx context.Context, o *service.Opening) (*twilightv1.Open
 		opened.GetDevice().Mps = &d.gpu.MPS
 		return opened, nil
 	}
-	switch status.Code(err) {
+	refusal := status.Convert(err)
+	switch refusal.Code() {
 	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unknown:
 		w.discard() // there may be a lease
+		if ctx.Err() == nil && len(refusal.Details()) == 0 {
+			err = fault.Newf(fault.Unavailable, "", "the worker ended as it opened the lease (%v): open it anew", w.cmd.ProcessState)
+		}
 	default: // the request was refused
 		d.giveBack(w, false)
 	}

@@ -62,9 +62,9 @@ func serveLease(ctx context.Context, control *single, hungUp <-chan struct{}, co
 	select {
 	case err = <-started:
 	case <-hungUp:
-		return errHungUp // whatever the driver is at ends with the process
+		return nil // whatever the driver is at ends with the process
 	case <-ctx.Done():
-		return errHungUp
+		return nil
 	}
 	if err != nil {
 		await(hungUp, endTimeout) // the daemon asks why, then hangs up
