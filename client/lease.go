@@ -194,7 +194,11 @@ func (l *lease) fail(err error) {
 		err = errors.New("the daemon ended it")
 	}
 	l.mu.Lock()
-	l.err = leaseLost(fromStatus(err))
+	if err = fromStatus(err); l.conn != nil && errors.Is(err, ErrUnreachable) {
+		err = &Error{Code: ErrUnreachable, cause: err, Message: "the worker that served it ended without a word, " +
+			"of which the daemon's log and its metric twilight.worker.ends tell: " + err.Error()}
+	}
+	l.err = leaseLost(err)
 	if l.closed {
 		l.err = errClosed
 	}

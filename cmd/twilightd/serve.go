@@ -66,7 +66,7 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 			return err
 		}
 	}
-	supervisor, err := supervise(ctx, o, logger)
+	supervisor, err := supervise(ctx, o, told, logger)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 }
 
 // supervise finds the GPUs; nil if they are not to be served or, unless --backend says so, there are none.
-func supervise(ctx context.Context, o *options, logger *slog.Logger) (*workers.Supervisor, error) {
+func supervise(ctx context.Context, o *options, told *telemetry.Telemetry, logger *slog.Logger) (*workers.Supervisor, error) {
 	named := slices.Contains(o.Backend, backendCUDA)
 	if !named && len(o.Backend) > 0 {
 		return nil, nil
@@ -131,7 +131,7 @@ func supervise(ctx context.Context, o *options, logger *slog.Logger) (*workers.S
 	}
 	supervisor, err := workers.New(ctx, workers.Options{
 		Path: path, Spares: o.Spares, Leases: o.GPULeases, ShadowBytes: uint64(o.ShadowLimit),
-		AllowedUIDs: o.AllowUID, DrainGrace: o.DrainTimeout, Logger: logger, LogLevel: o.LogLevel,
+		AllowedUIDs: o.AllowUID, DrainGrace: o.DrainTimeout, Logger: logger, LogLevel: o.LogLevel, Telemetry: told,
 	})
 	if err == nil && len(supervisor.Devices()) == 0 {
 		supervisor.Close()

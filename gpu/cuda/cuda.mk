@@ -57,3 +57,19 @@ build-cuda: build cuda-toolchain ## Build all commands into bin/: also those tha
 vet-cuda: cuda-toolchain ## Check the CUDA backend, and build its tests to run on a GPU machine: bin/cuda.test
 	$(CUDA_ENV) $(GO) vet -tags cuda ./gpu/cuda/... ./cmd/...
 	$(CUDA_ENV) $(GO) test -tags cuda -c -o bin/cuda.test ./gpu/cuda
+
+BUNDLE := bin/gpu-bundle
+# Without symbols: bundles are carried around.
+BUNDLE_FLAGS := -trimpath -ldflags='-s -w'
+
+.PHONY: gpu-bundle
+gpu-bundle: cuda-toolchain ## Put all that a GPU machine needs to check and benchmark it into bin/gpu-bundle: run.sh there
+	rm -rf $(BUNDLE)
+	mkdir -p $(BUNDLE)/configs
+	CGO_ENABLED=0 $(GO) build $(BUNDLE_FLAGS) -o $(BUNDLE)/ ./cmd/twilight ./cmd/twilightd
+	$(CUDA_ENV) $(GO) build -tags cuda $(BUNDLE_FLAGS) -o $(BUNDLE)/ $(CUDA_COMMANDS)
+	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/cuda.test ./gpu/cuda
+	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/engine.test ./cmd/twilight-engine
+	cp gpu/cuda/bundle/* benchmark/efficiency/peers.py testdata/smollm2-demo.safetensors $(BUNDLE)/
+	cp benchmark/configs/config_{full,quest_twi_p95}.json $(BUNDLE)/configs/
+	@du -h -a $(BUNDLE) | sort -h

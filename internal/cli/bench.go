@@ -21,7 +21,8 @@ import (
 )
 
 type benchCmd struct {
-	Backend        string   `enum:"host" default:"host" help:"Device to time: host (host)."`
+	connection
+	place
 	Config         []string `sep:"none" placeholder:"GLOB" help:"Twilight configs to time, in place of three built-in ones. May be repeated."`
 	KVHeads        int      `name:"kv-heads" default:"8" placeholder:"N" help:"KV heads (8)."`
 	Group          int      `default:"4" placeholder:"N" help:"Query heads of a KV head (4)."`
@@ -33,6 +34,9 @@ type benchCmd struct {
 	Workers        int      `placeholder:"N" help:"Goroutines that compute (all cores)."`
 	Rounds         int      `default:"9" placeholder:"N" help:"Times that each config runs each sequence (9)."`
 	ThroughService bool     `help:"Also time the way through the SDK and a daemon in this process."`
+	Batch          int      `default:"16" placeholder:"N" help:"Sequences of a step on a GPU (16)."`
+	PageSize       int      `default:"16" placeholder:"N" help:"Tokens of a page on a GPU (16)."`
+	Layers         int      `placeholder:"N" help:"Layers that take turns on a GPU (as many as no cache holds, 16 at most)."`
 	Markdown       bool     `xor:"form" help:"Print the tables as Markdown."`
 	JSON           bool     `name:"json" xor:"form" help:"Print the report as JSON, and nothing else, on stdout."`
 }
@@ -47,7 +51,16 @@ Keys are normal, half of their variance shared by the 16 tokens of a chunk; the 
 correlate. A layer is one sequence's; sequences take turns, as configs and the machine's measurements do.
 Figures are medians (least to most); speedups compare medians of the same round. Stages are the workers'
 time, shared out among them. "of limit" is how much of a dense layer's time its bytes at the measured
-read rate, or its operations at the measured dot rate, have to take.`
+read rate, or its operations at the measured dot rate, have to take.
+
+With --device cuda a twilightd runs the layers, of an engine's memory on a GPU (twilight-engine, beside
+twilight, then runs this), in fp16 and NHD pages:
+
+    twilight bench --device cuda --target unix:///tmp/tw.sock --kv-heads 8 --group 4 --batch 64
+
+"device" is the time between a layer's first and last kernel by the device's events, "service" what the engine
+waits, tensors in lent memory, a message a layer; "of read" is the bytes that a layer has to read over its time,
+as a share of the measured read rate. The true mass is that of 16 query heads of a layer.`
 }
 
 // benchConfig is a Twilight config and its name in the table.
@@ -71,7 +84,14 @@ type benchReport struct {
 	*bench.Report
 }
 
-func (c *benchCmd) Run(ctx context.Context, term *terminal) (err error) {
+func (c *benchCmd) Run(ctx context.Context, term *terminal, source *gpuSource) (err error) {
+	onGPU, err := c.onGPU(source)
+	if err != nil {
+		return err
+	}
+	if onGPU {
+		return c.runOnGPU(ctx, term, source)
+	}
 	shape, err := c.shape()
 	if err != nil {
 		return err

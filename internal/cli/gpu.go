@@ -11,13 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/bench"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 )
 
 // GPU is one that this process owns memory of, as an engine does.
 type GPU interface {
 	replay.Memory
-	UUID() string
+	bench.Engine
 	// Close frees the memory.
 	Close() error
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 const (
@@ -121,12 +122,12 @@ func (d *device) Describe(ctx context.Context, query *twilightv1.ShadowQuery) *t
 func (d *device) describe() *twilightv1.Device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	told := &twilightv1.Device{Id: d.gpu.UUID, Backend: "cuda", Name: d.gpu.Name}
+	told := new(twilightv1.Device)
 	if d.told != nil {
 		told = proto.CloneOf(d.told)
 	}
 	o := &d.supervisor.options
-	told.Mps = &d.gpu.MPS
+	told.Id, told.Backend, told.Name, told.Mps = d.gpu.UUID, "cuda", d.gpu.Name, &d.gpu.MPS
 	told.Unusable = d.unusable
 	told.ShadowBytesTotal = uint64(o.Leases) * d.settings.ShadowBytes
 	told.ShadowBytesFree = uint64(o.Leases-d.leases) * d.settings.ShadowBytes
@@ -146,17 +147,20 @@ func (d *device) Open(ctx context.Context, o *service.Opening) (*twilightv1.Open
 }
 
 func (d *device) open(ctx context.Context, o *service.Opening) (*twilightv1.OpenLeaseResponse, error) {
+	begun := time.Now()
 	w, warm, err := d.acquire(ctx, false)
 	if err != nil {
 		return nil, err
 	}
-	begun := time.Now()
 	opened, err := w.open(ctx, o, func() {
 		d.release()
 		o.Ended()
 	})
 	if err == nil {
-		d.logger.Info("worker leased", "pid", w.pid(), "lease", o.ID, "warm", warm, "took", time.Since(begun).String())
+		took := time.Since(begun)
+		d.supervisor.options.Telemetry.LeasedWorker(warm, took)
+		d.logger.Info("worker leased", "worker", w.pid(), "lease", o.ID, "warm", warm, "took", took.String())
+		opened.GetDevice().Mps = &d.gpu.MPS
 		return opened, nil
 	}
 	switch status.Code(err) {
@@ -297,6 +301,8 @@ func (d *device) bring() {
 	d.starting--
 	if err == nil {
 		d.told, d.unusable = told, ""
+		w.ready = time.Now()
+		d.supervisor.options.Telemetry.StartedWorker(w.ready.Sub(w.born))
 		d.placeLocked(w)
 	} else if !d.draining {
 		d.unusable = err.Error()
@@ -307,6 +313,7 @@ func (d *device) bring() {
 		}
 		d.waiting = nil
 	}
+	d.supervisor.options.Telemetry.GPU(d.gpu.UUID, d.unusable == "", d.gpu.MPS)
 	d.reapedLocked()
 }
 
@@ -320,7 +327,7 @@ func (d *device) launch() (*process, *twilightv1.Device, error) {
 	defer cancel()
 	told, err := w.describe(ctx, nil)
 	if err == nil {
-		w.readyAt.Store(time.Now().UnixNano())
+		w.move(telemetry.WorkerSpare)
 		go w.watch()
 		return w, told, nil
 	}

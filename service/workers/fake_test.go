@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http/httptest"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +24,7 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 	"github.com/twilight-sidecar/twilight/service"
 	"github.com/twilight-sidecar/twilight/service/workers"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // This test's binary is a worker of the host's device if it is called by this name, and a daemon if
@@ -106,14 +110,18 @@ func wrong(t testing.TB, dir, gpu, how string) {
 
 // daemon is a twilightd of fake GPUs alone.
 type daemon struct {
+	told       *telemetry.Telemetry
 	supervisor *workers.Supervisor
 	server     *service.Server
 	served     chan error
-	dir        string
 }
 
 func startDaemon(ctx context.Context, dir string, o workers.Options) (*daemon, error) {
-	o.Path = filepath.Join(dir, workerName)
+	told, err := telemetry.Start(ctx, telemetry.Options{})
+	if err != nil {
+		return nil, err
+	}
+	o.Path, o.Telemetry = filepath.Join(dir, workerName), told
 	supervisor, err := workers.New(ctx, o)
 	if err != nil {
 		return nil, err
@@ -123,7 +131,7 @@ func startDaemon(ctx context.Context, dir string, o workers.Options) (*daemon, e
 		return nil, err
 	}
 	server, err := service.New(service.Config{
-		Remotes: supervisor.Devices(), Methods: all, Logger: o.Logger, DrainGrace: o.DrainGrace,
+		Remotes: supervisor.Devices(), Methods: all, Logger: o.Logger, DrainGrace: o.DrainGrace, Telemetry: told,
 	})
 	if err != nil {
 		return nil, err
@@ -132,7 +140,7 @@ func startDaemon(ctx context.Context, dir string, o workers.Options) (*daemon, e
 	if err != nil {
 		return nil, err
 	}
-	d := &daemon{supervisor: supervisor, server: server, served: make(chan error, 1), dir: dir}
+	d := &daemon{told: told, supervisor: supervisor, server: server, served: make(chan error, 1)}
 	go func() { d.served <- server.Serve(context.WithoutCancel(ctx), listener) }()
 	return d, server.SelfTest(ctx)
 }
@@ -140,7 +148,35 @@ func startDaemon(ctx context.Context, dir string, o workers.Options) (*daemon, e
 func (d *daemon) stop(ctx context.Context) error {
 	err := errors.Join(d.server.Drain(ctx), <-d.served)
 	d.supervisor.Close()
-	return err
+	return errors.Join(err, d.told.Shutdown(ctx))
+}
+
+// scrape is what Prometheus sees: values by series, without the attributes of the target.
+func (d *daemon) scrape(t testing.TB) map[string]float64 {
+	t.Helper()
+	answer := httptest.NewRecorder()
+	d.told.Handler(telemetry.Admin{}).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
+	series := make(map[string]float64)
+	for line := range strings.Lines(answer.Body.String()) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), "} ")
+		if !strings.Contains(name, "{") {
+			name, value, _ = strings.Cut(strings.TrimSpace(line), " ")
+		} else {
+			name += "}"
+		}
+		series[name], _ = strconv.ParseFloat(value, 64)
+	}
+	return series
+}
+
+// becomes waits until a series has a value.
+func (d *daemon) becomes(t testing.TB, series string, want float64) {
+	t.Helper()
+	for end := time.Now().Add(deadline); d.scrape(t)[series] != want; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s is %v, not %v", series, d.scrape(t)[series], want)
+		}
+	}
 }
 
 // serve starts a daemon in this process.
@@ -221,6 +257,7 @@ func newEngine(t testing.TB, c *client.Client, gpu string) *engine {
 	}
 	t.Cleanup(func() { session.Close() })
 	e.session = session
+	e.until(client.StateLive)
 	memory, err := session.NewBuffer(t.Context(), 2*half, client.ReadOnly)
 	if err != nil {
 		t.Fatal(err)

@@ -111,7 +111,7 @@ func serve(s *Settings, stderr io.Writer, b Backend) error {
 	if s.Methods, err = methods.New(); err != nil {
 		return err
 	}
-	told, err := telemetry.Start(ctx, telemetry.Options{Version: cliconf.Version(), Instance: rand.Text(), Logger: s.Logger})
+	told, err := telemetry.Start(ctx, telemetry.Options{Version: cliconf.Version(), Instance: rand.Text(), Gathered: true, Logger: s.Logger})
 	if err != nil {
 		return err
 	}

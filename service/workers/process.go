@@ -21,6 +21,7 @@ import (
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 	workerv1 "github.com/twilight-sidecar/twilight/proto/twilight/worker/v1"
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 const (
@@ -49,7 +50,8 @@ type process struct {
 	conn    *grpc.ClientConn
 	control workerv1.WorkerServiceClient
 	born    time.Time
-	readyAt atomic.Int64 // Unix nanoseconds; 0 before
+	ready   time.Time // zero before it can serve; the device's lock guards it
+	source  *telemetry.Source
 	lease   atomic.Uint64
 
 	// life ends, and exited is closed, when the process is reaped.
@@ -59,9 +61,11 @@ type process struct {
 	hanging sync.Once
 
 	mu     sync.Mutex
+	state  telemetry.WorkerState
 	reason string // why it was killed, or how it ended
 	socket string // of its lease
 	over   func() // to be told when the lease's process is reaped
+	report []byte // the last
 	said   string // the last line that is no log record
 }
 
@@ -105,9 +109,40 @@ func startProcess(d *device) (*process, error) {
 		return nil, errors.Join(err, w.conn.Close(), conn.Close(), output.Close())
 	}
 	d.workers[w] = struct{}{}
+	w.source = d.supervisor.options.Telemetry.Gather(w.ask)
+	w.move(telemetry.WorkerStarting)
 	w.life, w.die = context.WithCancel(context.Background())
 	go w.reap(output)
 	return w, nil
+}
+
+// move brings the worker to another state, unless it is gone.
+func (w *process) move(to telemetry.WorkerState) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.gone() {
+		w.moveLocked(to)
+	}
+}
+
+func (w *process) moveLocked(to telemetry.WorkerState) {
+	w.device.supervisor.options.Telemetry.MoveWorker(w.state, to)
+	w.state = to
+}
+
+func (w *process) is(state telemetry.WorkerState) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.state == state
+}
+
+// ask asks for a report.
+func (w *process) ask(ctx context.Context, sequence uint64) ([]byte, error) {
+	if w.is(telemetry.WorkerStarting) {
+		return nil, errGone
+	}
+	told, err := w.control.Report(ctx, &workerv1.ReportRequest{Sequence: sequence})
+	return told.GetReport(), err
 }
 
 func (w *process) pid() int { return w.cmd.Process.Pid }
@@ -161,9 +196,13 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 		cancel()
 		return nil, errGone
 	}
+	w.move(telemetry.WorkerLeased)
 	go func() {
 		defer cancel()
-		_, _ = stream.Recv() // returns when the lease is over, or the process
+		last, _ := stream.Recv() // returns when the lease is over, or the process
+		w.mu.Lock()
+		w.report = last.GetEnded().GetReport()
+		w.mu.Unlock()
 		w.hangUp()
 	}()
 	return first.GetOpened(), nil
@@ -172,6 +211,7 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 // hangUp tells a worker to end, and kills it if it does not. It does not wait.
 func (w *process) hangUp() {
 	w.hanging.Do(func() {
+		w.move(telemetry.WorkerEnding)
 		go func() {
 			w.conn.Close()
 			select {
@@ -206,15 +246,14 @@ func (w *process) watch() {
 	defer tick.Stop()
 	for {
 		ctx, cancel := context.WithTimeout(w.life, w.device.supervisor.options.HealthTimeout)
-		_, err := w.control.Report(ctx, &workerv1.ReportRequest{})
-		late := ctx.Err() != nil && w.life.Err() == nil
+		err := w.source.Refresh(ctx)
 		cancel()
-		switch {
-		case late:
-			w.kill(endUnresponsive)
+		if w.is(telemetry.WorkerEnding) {
 			return
-		case err != nil:
-			w.hangUp() // if it is not ending as it is
+		}
+		if err != nil {
+			await(w.exited, time.Second) // it may be dying
+			w.kill(endUnresponsive)
 			return
 		}
 		select {
@@ -247,9 +286,12 @@ func (w *process) reap(output *os.File) {
 			_ = os.Remove(path) // the worker has, unless it was killed
 		}
 	}
+	w.moveLocked(telemetry.NoWorker)
 	close(w.exited)
 	over := w.over
+	w.source.End(w.report)
 	w.mu.Unlock()
+	w.device.supervisor.options.Telemetry.EndedWorker(w.reason)
 	w.device.reaped(w)
 	if over != nil {
 		over()
@@ -294,18 +336,17 @@ func (d *device) reaped(w *process) {
 			break
 		}
 	}
-	ready := w.readyAt.Load()
 	level := slog.LevelInfo
 	switch {
 	case w.reason == endEnded:
 		d.failures = 0
-	case ready != 0: // those that never were ready are bring's
+	case !w.ready.IsZero(): // those that never were are bring's
 		level = slog.LevelWarn
-		if time.Since(time.Unix(0, ready)) < sound {
+		if time.Since(w.ready) < sound {
 			d.failedLocked()
 		}
 	}
-	d.logger.Log(w.life, level, "worker ended", "pid", w.pid(), "lease", w.lease.Load(), "reason", w.reason, //nolint:sloglint // life is over, and carries no trace
+	d.logger.Log(w.life, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason, //nolint:sloglint // life is over, and carries no trace
 		"status", w.cmd.ProcessState.String(), "lived", time.Since(w.born).String())
 	d.refillLocked()
 	d.reapedLocked()
@@ -335,10 +376,10 @@ func (d *device) Drain(ctx context.Context) {
 		d.waiting = nil
 		for w := range d.workers {
 			switch {
-			case w.lease.Load() != 0:
+			case w.is(telemetry.WorkerLeased):
 				go func() { _, _ = w.control.Drain(w.life, &workerv1.DrainRequest{}) }()
-			case w.readyAt.Load() == 0: // cannot listen
-				go w.kill(endOverdue)
+			case w.is(telemetry.WorkerStarting): // does not listen yet
+				go w.kill(endEnded)
 			default:
 				w.hangUp()
 			}

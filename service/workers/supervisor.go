@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
 // Options configure a Supervisor. Path is required; other zero fields take the defaults that their comments
@@ -38,6 +39,9 @@ type Options struct {
 	// Logger takes what there is to say, and the workers' own logs, from LogLevel on; discarded.
 	Logger   *slog.Logger
 	LogLevel slog.Level
+
+	// Telemetry takes what workers tell of themselves, and what becomes of them; nobody.
+	Telemetry *telemetry.Telemetry
 
 	// StartTimeout is how long a worker may take until it can serve; 30 s.
 	StartTimeout time.Duration

@@ -88,7 +88,9 @@ func await(done <-chan struct{}, most time.Duration) {
 // start makes the server, of a device that passes its test.
 func (w *worker) start(ctx context.Context, open func(lost func(error)) (gpu.Device, error), lost func(error)) (err error) {
 	defer func() {
-		w.failed = err
+		if err != nil {
+			w.failed = fault.Newf(fault.Unavailable, "", "%v", err)
+		}
 		close(w.ready)
 	}()
 	device, err := open(lost)
@@ -153,7 +155,11 @@ func (w *worker) Open(req *workerv1.OpenRequest, stream grpc.ServerStreamingServ
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	return stream.Send(&workerv1.OpenResponse{Event: &workerv1.OpenResponse_Ended{Ended: &workerv1.Ended{}}})
+	report, err := w.config.Telemetry.Report(ctx, 0)
+	if err != nil {
+		return err
+	}
+	return stream.Send(&workerv1.OpenResponse{Event: &workerv1.OpenResponse_Ended{Ended: &workerv1.Ended{Report: report}}})
 }
 
 // listen serves a socket, to which engines can connect once it returns.
@@ -175,8 +181,9 @@ func (w *worker) listen(ctx context.Context, path string) error {
 }
 
 // Report implements the worker's service.
-func (w *worker) Report(context.Context, *workerv1.ReportRequest) (*workerv1.ReportResponse, error) {
-	return &workerv1.ReportResponse{}, nil
+func (w *worker) Report(ctx context.Context, req *workerv1.ReportRequest) (*workerv1.ReportResponse, error) {
+	report, err := w.config.Telemetry.Report(ctx, req.GetSequence())
+	return &workerv1.ReportResponse{Report: report}, err
 }
 
 // Drain implements the worker's service.

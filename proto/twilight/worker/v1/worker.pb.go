@@ -369,7 +369,7 @@ func (x *ReportRequest) GetSequence() uint64 {
 
 type ReportResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// telemetry.Report as JSON.
+	// As telemetry.Telemetry.Report encodes it.
 	Report        []byte `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
