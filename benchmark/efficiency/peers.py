@@ -282,11 +282,7 @@ def served(folder, shapes, rounds):
     """Twilight through a daemon, by shape."""
     with tempfile.TemporaryDirectory() as out, mps() as env:
         target = f"unix://{out}/s"
-        # A lease may take half of what is for shadows: two configs are timed in turn.
-        daemon = subprocess.Popen(
-            [folder / "twilightd", "--listen", target, "--backend", "cuda", "--gpu-leases", "2", "--log-level", "error"],
-            env=env,
-        )
+        daemon = subprocess.Popen([folder / "twilightd", "--listen", target, "--backend", "cuda", "--log-level", "error"], env=env)
         try:
             reports = {}
             for shape in shapes:
