@@ -21,6 +21,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
@@ -28,7 +29,9 @@ import (
 var benchFatbin string
 
 var (
-	table  = flag.String("table", "", "shapes that TestTable times: QUERY_HEADS/KV_HEADSxBATCHxTOKENS, separated by commas")
+	table = flag.String("table", "", "shapes that TestTable times, separated by commas: "+
+		"QUERY_HEADS/KV_HEADSxBATCHxTOKENS[xPAGE_SIZE[xTOKENS of every other sequence]]")
+	chain  = flag.Bool("chain", false, "time the chain of kernels in place of the fused one")
 	force  = flag.String("force", "", "CLUSTERxTHREADS of the fused kernel; its own choice")
 	rounds = flag.Int("rounds", 15, "timings of a shape, of which the median is printed")
 )
@@ -43,7 +46,11 @@ type bench struct {
 }
 
 func newBench(t *testing.T) *bench {
-	b := &bench{t: t, device: newDevice(t)}
+	o := Options{}
+	if *chain {
+		o.FusedFrom = -1
+	}
+	b := &bench{t: t, device: newDeviceOf(t, o)}
 	b.do(func() (err error) {
 		b.module, err = cu.LoadFatBinary(benchFatbin)
 		return err
@@ -87,14 +94,24 @@ func TestTable(t *testing.T) {
 	b := newBench(t)
 	b.measureReading()
 	fmt.Printf("%s, reading %.0f GB/s; medians of %d\n", b.device.name, b.reading/1e9, *rounds)
-	fmt.Println("heads    batch  tokens   dense us  of read | sparse us   spread  of read  times  kept mean (sd) [range]  candidates  blocks a row  call us")
+	fmt.Println("heads batch  tokens  short page | dense us  read | sparse us       spread  read | times | choice times | kept mean (sd) [range] | blocks a row | stages % | call us")
 	for shape := range strings.SplitSeq(*table, ",") {
-		var hq, hkv, batch, tokens int
-		if _, err := fmt.Sscanf(shape, "%d/%dx%dx%d", &hq, &hkv, &batch, &tokens); err != nil {
+		of := shapeOf{page: 16}
+		if n, err := fmt.Sscanf(shape, "%d/%dx%dx%dx%dx%d", &of.hq, &of.hkv, &of.batch, &of.tokens, &of.page, &of.short); n < 4 {
 			t.Fatalf("-table: %q: %v", shape, err)
 		}
-		b.row(hq, hkv, batch, tokens)
+		b.row(of)
 	}
+}
+
+// shapeOf is a batch to time. If short is not 0 every other sequence has only that many tokens.
+type shapeOf struct{ hq, hkv, batch, tokens, page, short int }
+
+func (o *shapeOf) length(sequence int) int {
+	if o.short > 0 && sequence%2 == 1 {
+		return o.short
+	}
+	return o.tokens
 }
 
 func (b *bench) measureReading() {
@@ -144,11 +161,24 @@ func timed(stream cu.Stream, f func() error) (float64, error) {
 	return ms * 1e3, errors.Join(err, cu.DestroyEvent(&events[0]), cu.DestroyEvent(&events[1]))
 }
 
-func (b *bench) row(hq, hkv, batch, tokens int) {
+// deal shuffles pages. What has a chunk's tokens in common stays together, in any order.
+func deal(pages, page int) (table []int32) {
+	r := rand.New(rand.NewPCG(1, 2))
+	together := max(1, kv.ChunkTokens/page)
+	for _, chunk := range r.Perm(pages / together) {
+		for _, i := range r.Perm(together) {
+			table = append(table, int32(chunk*together+i))
+		}
+	}
+	return table
+}
+
+func (b *bench) row(of shapeOf) {
 	t := b.t
-	const dim, page = 128, 16
+	const dim = 128
+	hq, hkv, batch, tokens, page := of.hq, of.hkv, of.batch, of.tokens, of.page
 	pages := batch * tokens / page
-	plane := uint64(pages) * page * uint64(hkv) * dim * 2
+	plane := uint64(batch) * uint64(tokens) * uint64(hkv) * dim * 2
 	// Enough layers to leave the cache behind, if there is room for them.
 	layers := int(max(1, min(16, (4<<30)/(2*plane))))
 	queries := uint64(batch*hq) * dim * 2
@@ -178,17 +208,18 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 	})
 	defer b.do(func() error { return cu.MemFree(cu.DevicePtr(at)) })
 
-	order := rand.New(rand.NewPCG(1, 2)).Perm(pages)
-	step := &kv.Step{}
+	step, table := &kv.Step{}, deal(pages, page)
+	all := 0 // tokens
 	for s := range batch {
+		n := of.length(s)
 		step.Sequences = append(step.Sequences, uint64(s+1))
-		step.Lengths = append(step.Lengths, int32(tokens))
-		step.TableCounts = append(step.TableCounts, uint32(tokens/page))
+		step.Lengths = append(step.Lengths, int32(n))
+		step.TableCounts = append(step.TableCounts, uint32(n/page))
+		step.TableEntries = append(step.TableEntries, table[:n/page]...)
+		table = table[n/page:]
+		all += n
 	}
-	for _, p := range order {
-		step.TableEntries = append(step.TableEntries, int32(p))
-	}
-	all, err := methods.New()
+	known, err := methods.New()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +228,7 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 		Query: kv.F16, QueryScale: 1, Output: kv.F16,
 	}
 	run := func(config string) (c *cache, us []float64, calls []time.Duration, res gpu.LayerResult) {
-		cfg, err := all.Parse([]byte(config))
+		cfg, err := known.Parse([]byte(config))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -208,7 +239,7 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 		l := opened.(*lease)
 		defer l.Close()
 		m := b.lend(l, at, size)
-		strides := gpu.Strides{Page: page * uint64(hkv) * dim * 2, Head: dim * 2, Token: uint64(hkv) * dim * 2}
+		strides := gpu.Strides{Page: uint64(page) * uint64(hkv) * dim * 2, Head: dim * 2, Token: uint64(hkv) * dim * 2}
 		spec := &gpu.CacheSpec{DType: kv.F16, PageSize: page, NumPages: pages, K: strides, V: strides, NullPage: -1}
 		for i := range layers {
 			offset := uint64(i) * 2 * plane
@@ -255,11 +286,13 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 		d := &c.call.desc
 		once := func(i int) error {
 			*(*kernels.Layer)(l.block.Pointer()) = described[i]
-			if c.call.fused {
+			if c.call.fused && !c.call.dense {
 				return l.fused.run(c.call.plan, int(d.Rows))
 			}
-			return errors.Join(l.launches.queries.Run(ceilDiv(batch*hq, 4), 1),
-				l.dense[kv.F16].Run(int(d.Splits), int(d.Rows)), l.launches.combine.Run(batch*hq, 1))
+			if dense, ok := c.denseLaunch(); ok && !c.call.sparse {
+				return dense.Run(int(d.Splits), int(d.Rows))
+			}
+			return c.launch(i)
 		}
 		inner := max(layers, 4)
 		b.do(func() error {
@@ -285,8 +318,9 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 	}
 
 	_, dense, _, _ := run(`{}`)
-	c, sparse, calls, res := run(`{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
-		"weight_pruner": {"type": "top_p", "threshold": 0.95}}`)
+	const sparsely = `{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
+		"weight_pruner": {"type": "top_p", "threshold": 0.95}, "dense_below": %d}`
+	c, sparse, calls, res := run(fmt.Sprintf(sparsely, 0))
 	var sum, square float64
 	for _, k := range res.Kept {
 		sum += float64(k)
@@ -294,16 +328,26 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 	}
 	rows := float64(len(res.Kept))
 	mean := sum / rows
-	bytes := rows * (float64(tokens/16)*float64(kernels.BoundsBytes(dim)) + float64(res.Candidates[0])/16*float64(kernels.Int4Bytes(dim)) +
-		mean*2*dim*2 + float64(tokens/page*4))
+	bytes := float64(res.Read.Cache+res.Read.Shadow) + float64(hkv*all/page*4)
 	median := func(us []float64) float64 { return us[len(us)/2] }
 	path := "chain"
 	if c.call.fused {
 		path = fmt.Sprintf("%d x %d", c.call.plan.cluster, c.lease.fused.variants[c.call.plan.variant].Threads)
 	}
-	fmt.Printf("%2d/%-2d %8d %8d %9.1f %8.2f | %9.1f %4.1f%%-%4.1f%% %6.2f %6.2f  %8.0f (%.0f) [%d, %d]  %d  %s  %.0f\n",
-		hq, hkv, batch, tokens, median(dense), 2*float64(plane)/median(dense)*1e6/b.reading,
+	whole := float64(res.Timing.Select + res.Timing.Prune + res.Timing.Attend)
+	share := func(stage time.Duration) float64 { return 100 * float64(stage) / whole }
+	chosen, choice := sparse, "sparse"
+	switch from := c.crossover(); {
+	case from > tokens:
+		chosen, choice = dense, "dense"
+	case from > 0:
+		_, chosen, _, _ = run(fmt.Sprintf(sparsely, pipeline.ByCost))
+		choice = "both"
+	}
+	fmt.Printf("%2d/%-2d %5d %7d %6d %4d | %8.1f %5.2f | %8.1f %4.1f%%-%4.1f%% %5.2f | %5.2f | %-6s %5.2f | %5.0f (%.0f) [%d, %d] | %s | %2.0f %2.0f %2.0f | %.0f\n",
+		hq, hkv, batch, tokens, of.short, page, median(dense), 2*float64(hkv*all)*dim*2/median(dense)*1e6/b.reading,
 		median(sparse), 100*(sparse[0]/median(sparse)-1), 100*(sparse[len(sparse)-1]/median(sparse)-1),
-		bytes/median(sparse)*1e6/b.reading, median(dense)/median(sparse),
-		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), res.Candidates[0], path, float64(calls[len(calls)/2].Nanoseconds())/1e3)
+		bytes/median(sparse)*1e6/b.reading, median(dense)/median(sparse), choice, median(dense)/median(chosen),
+		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), path,
+		share(res.Timing.Select), share(res.Timing.Prune), share(res.Timing.Attend), float64(calls[len(calls)/2].Nanoseconds())/1e3)
 }

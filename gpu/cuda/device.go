@@ -46,8 +46,10 @@ type Device struct {
 	uuid    string
 	name    string
 	sms     int
-	owner   *owner
-	kernels *kernels.Kernels
+	// bandwidth of the memory, in bytes a second: what reading reaches.
+	bandwidth float64
+	owner     *owner
+	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
 	closed      bool
@@ -71,6 +73,9 @@ func New(o Options) (*Device, error) {
 	if err == nil {
 		d.sms, err = device.Attribute(cu.MultiprocessorCount)
 	}
+	if err == nil {
+		d.bandwidth, err = bandwidth(device)
+	}
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
 	}
@@ -92,6 +97,17 @@ func New(o Options) (*Device, error) {
 		return nil, fmt.Errorf("load the kernels: %w", err)
 	}
 	return d, nil
+}
+
+// bandwidth is what reading reaches, in bytes a second.
+func bandwidth(device cu.Device) (float64, error) {
+	clock, err := device.Attribute(cu.MemoryClockRate) // kHz
+	if err != nil {
+		return 0, err
+	}
+	width, err := device.Attribute(cu.GlobalMemoryBusWidth) // bits
+	const both, reached = 2, .92                            // edges of the clock; of the peak
+	return both * float64(clock) * 1e3 * float64(width) / 8 * reached, err
 }
 
 // find returns the GPU of a UUID, or the only one.
@@ -136,9 +152,9 @@ func (d *Device) Info() gpu.Info {
 		HeadSizes:        sizes,
 		MaxHeadSize:      kernels.MaxDim,
 		MaxGroup:         kernels.MaxGroup,
-		Selectors:        []string{"none", "quest"},
-		Estimators:       []string{"none", "min_max_quant"},
-		Pruners:          []string{"none", "top_p"},
+		Selectors:        slices.Clone(selectors),
+		Estimators:       slices.Clone(estimators),
+		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
 		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
