@@ -236,6 +236,10 @@ type training struct{ row, level int }
 // pending takes what the layer has to index, and what to train before: on the first sequence to reach
 // the highest level, if none reached it before.
 func (c *cache) pending(i int) (t training) {
+	c.work = c.work[:0]
+	if c.layers[i].slot == noSlot {
+		return t
+	}
 	t.level = c.trained[i]
 	for b, row := range c.tracker.Rows() {
 		if level := c.lease.method.level(row.Len - row.First); level > t.level {
@@ -247,7 +251,6 @@ func (c *cache) pending(i int) (t training) {
 	} else {
 		c.tracker.Invalidate(i)
 	}
-	c.work = c.work[:0]
 	if c.lease.method.indexes() {
 		c.work = c.tracker.Pending(c.work, i)
 	}
@@ -446,11 +449,14 @@ func int32s(b []byte) []int32 {
 
 // shadowAddresses puts the addresses of a layer's records into d.
 func (c *cache) shadowAddresses(i int, d *kernels.Layer) {
-	g, m := &c.lease.geometry, &c.lease.method
-	heads, chunks := len(c.layers)*g.KVHeads, c.chunks
+	g, m, slot := &c.lease.geometry, &c.lease.method, c.layers[i].slot
+	if slot == noSlot {
+		return
+	}
+	heads, chunks := indexed(c.layers)*g.KVHeads, c.chunks
 	at := c.shadow.ptr
 	part := func(perHead int) (address drv.Ptr) {
-		address = at + uint64(i*g.KVHeads*perHead)
+		address = at + uint64(slot*g.KVHeads*perHead)
 		at += uint64(heads * perHead)
 		return address
 	}

@@ -229,32 +229,32 @@ func (l *lease) plan(of *gpu.CacheSpec) (*plan, error) {
 		return nil, err
 	}
 	head, chunk := uint64(l.method.headBytes(g.KDim)), uint64(l.method.chunkBytes(g.KDim))
-	p.shadow = spec.Mul(uint64(g.Layers*g.KVHeads), spec.Add(head, spec.Mul(uint64(p.chunks), chunk)))
+	p.shadow = spec.Mul(uint64(indexed(p.layers)*g.KVHeads), spec.Add(head, spec.Mul(uint64(p.chunks), chunk)))
 	return p, nil
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
+func (l *lease) ShadowBytes(of *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return 0, errClosed
+		return 0, 0, errClosed
 	}
-	p, err := l.plan(spec)
+	p, err := l.plan(of)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return p.shadow, nil
+	return p.shadow, l.method.bytesPerToken(&l.geometry, indexed(p.layers)), nil
 }
 
 // NewCache implements gpu.Lease.
-func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, error) {
+func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	p, err := l.plan(spec)
+	p, err := l.plan(of)
 	if err != nil {
 		return nil, err
 	}

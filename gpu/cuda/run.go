@@ -123,7 +123,9 @@ func (c *cache) describe(i int) {
 		d.PageShift = int32(bits.TrailingZeros(page))
 	}
 	d.Aligned = truth(layer.aligned)
-	m.describe(d, layer.model)
+	if layer.slot != noSlot {
+		m.describe(d, layer.model)
+	}
 	d.Thresholds, d.Channels = layer.thresholds, layer.channels
 	c.shadowAddresses(i, d)
 }

@@ -18,6 +18,7 @@ var served = spec.Limits{DTypes: cacheDTypes, MaxDim: kernels.MaxDim, DimStep: k
 // layer is one layer of a cache.
 type layer struct {
 	model   int // the model's layer index
+	slot    int // its place in the shadow; noSlot if the layer is skipped
 	planes  [2]kernels.Plane
 	scales  [2][]float32 // one per KV head
 	extents [2]extent    // of k and v
@@ -26,6 +27,9 @@ type layer struct {
 	thresholds, channels drv.Ptr // the method's
 }
 
+// noSlot is the slot of a layer without a shadow.
+const noSlot = -1
+
 // layers checks a spec and says where its layers lie.
 func (l *lease) layers(of *gpu.CacheSpec) ([]layer, error) {
 	checked, err := served.Layers(of, &l.geometry, l.method.pipeline.Fits)
@@ -33,8 +37,13 @@ func (l *lease) layers(of *gpu.CacheSpec) ([]layer, error) {
 		return nil, err
 	}
 	layers := make([]layer, len(checked))
+	slots := 0
 	for i := range layers {
-		layers[i].model = of.Layers[i].Layer
+		layers[i].model, layers[i].slot = of.Layers[i].Layer, noSlot
+		if !l.method.pipeline.Skips(layers[i].model) {
+			layers[i].slot = slots
+			slots++
+		}
 		layers[i].aligned = true
 		for j := range checked[i] {
 			p := &checked[i][j]
@@ -56,6 +65,16 @@ func (l *lease) layers(of *gpu.CacheSpec) ([]layer, error) {
 		}
 	}
 	return layers, nil
+}
+
+// indexed is how many layers are not skipped.
+func indexed(layers []layer) (n int) {
+	for i := range layers {
+		if layers[i].slot != noSlot {
+			n++
+		}
+	}
+	return n
 }
 
 // locate finds size bytes, aligned to elements of the given size, in one of the lease's memories.

@@ -153,14 +153,23 @@ func (l *lease) explain(err error, extents ...extent) error {
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(of *gpu.CacheSpec) (uint64, error) {
+func (l *lease) ShadowBytes(of *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return 0, errClosed
+		return 0, 0, errClosed
 	}
 	p, err := l.plan(of)
-	return spec.Add(p.arena, p.state), err
+	return spec.Add(p.arena, p.state), l.bytesPerToken(p.indexed), err
+}
+
+// bytesPerToken is what a token takes of some layers that are not skipped.
+func (l *lease) bytesPerToken(layers int) float64 {
+	g := &l.geometry
+	_, selector := recordBytes(l.selector, g.KDim)
+	_, estimator := recordBytes(l.estimator, g.KDim)
+	records := float64(layers*g.KVHeads*(selector+estimator)) / kv.ChunkTokens
+	return records + float64(l.pipeline.StateBytesPerToken(layers))
 }
 
 // NewCache implements gpu.Lease.
@@ -189,6 +198,7 @@ func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, err
 // plan is a cache for which nothing has been taken yet.
 type plan struct {
 	layers  []layer
+	indexed int // layers that are not skipped
 	tracker kv.TrackerConfig
 	chunks  int
 
@@ -212,13 +222,14 @@ func (l *lease) plan(of *gpu.CacheSpec) (plan, error) {
 	if p.layers, err = l.layers(of); err != nil {
 		return p, err
 	}
-	chunks, heads := uint64(p.chunks), uint64(g.Layers*g.KVHeads)
+	p.indexed = indexed(p.layers)
+	chunks, heads := uint64(p.chunks), uint64(p.indexed*g.KVHeads)
 	for _, method := range []kv.Shadow{l.selector, l.estimator} {
 		head, chunk := recordBytes(method, g.KDim)
 		p.arena = spec.Add(p.arena, spec.Mul(heads, spec.Add(uint64(head), spec.Mul(chunks, uint64(chunk)))))
 	}
 	p.tokens = cmp.Or(of.MaxTokens, of.NumPages*of.PageSize)
-	p.state = spec.Mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken()))
+	p.state = spec.Mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken(p.indexed)))
 	p.taken = spec.Add(spec.Add(p.arena, p.state), spec.Mul(chunks, uint64(6*g.Layers+10)))
 	return p, nil
 }

@@ -11,9 +11,13 @@ import (
 // layer is one layer of a cache.
 type layer struct {
 	model   int // the model's layer index
+	slot    int // its place in the shadows; noSlot if the layer is skipped
 	k, v    kv.Plane
 	extents [2]extent // of k and v
 }
+
+// noSlot is the slot of a layer without shadows.
+const noSlot = -1
 
 // layers checks where a spec's layers lie and returns views of them.
 func (l *lease) layers(of *gpu.CacheSpec) ([]layer, error) {
@@ -22,8 +26,13 @@ func (l *lease) layers(of *gpu.CacheSpec) ([]layer, error) {
 		return nil, err
 	}
 	layers := make([]layer, len(checked))
+	slots := 0
 	for i := range layers {
-		layers[i].model = of.Layers[i].Layer
+		layers[i].model, layers[i].slot = of.Layers[i].Layer, noSlot
+		if !l.pipeline.Skips(layers[i].model) {
+			layers[i].slot = slots
+			slots++
+		}
 		for j, to := range []*kv.Plane{&layers[i].k, &layers[i].v} {
 			p := &checked[i][j]
 			e, data, err := l.locate(p.At.Memory, p.At.Offset, p.Size, of.DType.Size(), p.Field)
