@@ -12,8 +12,9 @@ Sequences have pages of their own, dealt at random. Peers read normal data, whic
 Twilight reads what `twilight bench --help` describes, and compares with its own dense kernel on the same. A
 CUDA graph holds a call a layer, on layers that no cache holds, one behind another; a figure is the median of the
 replays over their layers, in microseconds. FlashInfer's is that of its better kernel, planned outside of the
-time. Twilight's kernels run back to back likewise; "service" is what an engine waits for a layer, a message and
-an answer each, tensors in lent memory.
+time. Twilight's kernels run back to back likewise; "chosen" is the path that its device takes by itself. "service"
+is what an engine waits for a layer, a message and an answer each, tensors in lent memory, under MPS where that is
+installed.
 """
 
 import argparse
@@ -311,8 +312,8 @@ def table(report):
     header = ["heads", "page", "tokens", "batch", "FlashInfer", "SDPA", "Triton"]
     ours = "chained" in report
     if ours:
-        header += ["dense", "of read", "sparse", "of read", "x FlashInfer", "x dense", "service dense", "service sparse",
-                   "kept", "true mass"]
+        header += ["dense", "of read", "sparse", "of read", "chosen", "x FlashInfer", "x dense", "service dense",
+                   "service sparse", "kept", "true mass"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for text, times in report["peers"].items():
         s = Shape(text)
@@ -322,8 +323,8 @@ def table(report):
         if ours:
             row = report["chained"][text]
             dense, sparse = report["served"][text]["results"] if text in report["served"] else (None, None)
-            cells += [us(row["dense_us"]), f"{row['dense_of_read']:.2f}", us(row["sparse_us"]), f"{row['sparse_of_read']:.2f}",
-                      f"{flashinfer / row['sparse_us']:.2f}" if flashinfer else "", f"{row['dense_us'] / row['sparse_us']:.2f}",
+            cells += [us(row["dense_us"]), f"{row['dense_of_read']:.2f}", us(row["sparse_us"]), f"{row['sparse_of_read']:.2f}", row["choice"],
+                      f"{flashinfer / row['chosen_us']:.2f}" if flashinfer else "", f"{row['dense_us'] / row['chosen_us']:.2f}",
                       us(dense and dense["service_us"]["median"]), us(sparse and sparse["service_us"]["median"]),
                       f"{row['kept']:.0f}", sparse and f"{sparse['true_mass']:.3f}" or ""]
         lines.append("| " + " | ".join(cells) + " |")
