@@ -73,8 +73,12 @@ func (s Step) layout() (*StepLayout, error) {
 		name  string
 		value int
 	}{
-		{"kv-heads", s.KVHeads}, {"group", s.QueryHeads / max(s.KVHeads, 1)}, {"dim", s.Dim}, {"batch", s.Batch},
-		{"tokens", s.Tokens}, {"page-size", s.PageSize},
+		{"kv-heads", s.KVHeads},
+		{"group", s.QueryHeads / max(s.KVHeads, 1)},
+		{"dim", s.Dim},
+		{"batch", s.Batch},
+		{"tokens", s.Tokens},
+		{"page-size", s.PageSize},
 	} {
 		if f.value < 1 {
 			return nil, fmt.Errorf("--%s is %d: give at least 1", f.name, f.value)

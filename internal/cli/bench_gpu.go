@@ -7,10 +7,14 @@ import (
 	"io"
 
 	"github.com/twilight-sidecar/twilight/internal/bench"
+	"github.com/twilight-sidecar/twilight/kv"
 )
 
 // runOnGPU times a step that a daemon runs on the engine's GPU.
 func (c *benchCmd) runOnGPU(ctx context.Context, term *terminal, source *gpuSource) (err error) {
+	if c.DType != kv.F16.String() {
+		return fmt.Errorf("--dtype is %s: on a GPU the data are %v", c.DType, kv.F16)
+	}
 	configs, err := c.configs()
 	if err != nil {
 		return err
