@@ -249,7 +249,8 @@ type stepper struct {
 	cache                  *client.Cache
 	kv, queries            *client.Buffer
 	results                *client.Buffer // outputs and lists
-	walls                  []float64      // of steps, for a layer
+	declares               []float64      // of steps
+	walls                  []float64      // of layers
 	device                 []float64      // of layers
 	medians                []float64      // of device's rounds
 	stages                 [4]time.Duration
