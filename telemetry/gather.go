@@ -295,10 +295,12 @@ func latest(all []seen, bounds []float64) []seen {
 	return kept
 }
 
+// samples are copies.
 func (s *sums) samples() []sample {
 	list := make([]sample, len(s.order))
 	for i, p := range s.order {
 		list[i] = *p
+		list[i].Buckets, list[i].Exemplars = slices.Clone(p.Buckets), slices.Clone(p.Exemplars)
 	}
 	return list
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 
@@ -82,6 +83,8 @@ func startProcess(ctx context.Context, d *device) (*process, error) {
 	dialled := false
 	w.conn, err = grpc.NewClient("passthrough:///worker",
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0), grpc.WithNoProxy(),
+		// The driver takes its time before the worker answers.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: d.supervisor.options.StartTimeout}),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if dialled { // gRPC dials one at a time
 				return nil, errGone
@@ -166,8 +169,9 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.mu.Unlock()
 	w.lease.Store(o.ID)
 	request := proto.CloneOf(o.Request)
-	request.Device = ""                                                 // a worker has one
-	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // outlives the call
+	request.Device = "" // a worker has one
+	// The stream outlives the call.
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
 	stream, err := w.control.Open(streaming, &workerv1.OpenRequest{
 		Request: request, LeaseId: o.ID, Uid: o.UID, Socket: socket, Traceparent: o.TraceParent,
@@ -338,7 +342,7 @@ func (d *device) reaped(ctx context.Context, w *process) {
 	case !w.ready.IsZero(): // those that never were are bring's
 		level = slog.LevelWarn
 		if time.Since(w.ready) < sound {
-			d.failedLocked()
+			d.failedLocked(deathPause)
 		}
 	}
 	d.logger.Log(ctx, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason,
