@@ -62,9 +62,7 @@ class Emulation:
                 )
         return output.flatten(0, 1)
 
-    def _rows(
-        self, layer: int, head: int, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
-    ) -> Tensor:
+    def _rows(self, layer: int, head: int, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
         """query is [G, Q, D], key and value [N, D], lengths [Q]: row i sees the first lengths[i] tokens."""
         logits = query @ key.T
         valid = torch.arange(len(key)) < lengths[:, None]

@@ -15,8 +15,15 @@ from .model import Decoder, Model
 class Example(Protocol):
     """A text that is read densely up to some place and decoded from there."""
 
-    id: str
-    task: str
+    @property
+    def id(self) -> str:
+        """Its name within the task."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """What it is averaged with."""
+        ...
 
     def prefix(self, model: Model) -> list[int]:
         """The tokens of the dense prefill."""

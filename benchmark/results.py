@@ -20,7 +20,8 @@ class Results:
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if file.exists() and file.read_text() != text:
             raise ValueError(
-                f"{file} is of another run, whose results cannot be joined: move {file.parent} away, or give the same settings"
+                f"{file} is of a run with other settings, whose results cannot be joined: "
+                f"move {file.parent} away, or give the same settings"
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,8 @@ class Method:
         """Begins a sequence behind a prefix."""
         if self.config is None:
             return model.dense(prefix)
-        if self.emulate:
+        if self.emulate or client is None:
             return model.emulated(prefix, self.config)
-        assert client is not None
         return served(model, prefix, self.config, client)
 
 
@@ -78,46 +76,60 @@ def run(
                 bar.set_postfix_str(f"{example.task} {method.name}")
                 with method.decoder(model, prefix, client) as decoder:
                     row = example.run(model, decoder)
-                    results.append(
-                        method.name, example.task, {"id": example.id, **row, **decoder.tally.summary()}
-                    )
+                    results.append(method.name, example.task, {"id": example.id, **row, **decoder.tally.summary()})
                 done[method.name, example.task].add(example.id)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what all benchmarks take: a model, a daemon and configs."""
+    parser.add_argument("--model", default=SMOLLM2, help=f"a model of transformers, by folder or name, or {SMOLLM2}")
+    parser.add_argument("--device", default="cpu", help="of the model")
+    parser.add_argument("--dtype", default="float32", help="of the model and its KV cache")
+    parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU; 0 for its own choice")
+    parser.add_argument("--configs", type=Path, nargs="*", default=[], help="Twilight configs to compare with dense")
+    parser.add_argument("--channels", type=Path, help="channel file of Double Sparsity, for the configs' config_path")
+    parser.add_argument("--target", help="a running daemon, unix:///PATH; else one is started")
+    parser.add_argument("--twilightd", default="twilightd", help="the daemon to start")
+
+
+def load(args: argparse.Namespace) -> Model:
+    """Loads the model that the arguments name."""
+    return Model(args.model, args.device, args.dtype, args.threads)
+
+
+@contextmanager
+def connect(args: argparse.Namespace) -> Iterator[tw.Client]:
+    """Connects to the daemon that the arguments name, or to one that runs meanwhile."""
+    with ExitStack() as stack:
+        target = args.target
+        if target is None:
+            target = stack.enter_context(tw.Daemon("--log-level=warn", program=args.twilightd)).target
+        yield stack.enter_context(tw.dial(target))
 
 
 def main(
     benchmark: str,
     parser: argparse.ArgumentParser,
     examples: Callable[[Model, argparse.Namespace], Iterable[Example]],
+    settings: Sequence[str] = (),
 ) -> None:
-    """Runs a benchmark as its parser's arguments say, and prints its table."""
+    """Runs a benchmark as its parser's arguments say, and prints its table. Runs with other values of the
+    arguments in settings cannot share a folder."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--model", default=SMOLLM2, help=f"a model of transformers: a folder, a name, or {SMOLLM2}")
-    parser.add_argument("--device", default="cpu", help="where the model runs; the daemon's KV cache is on the CPU")
-    parser.add_argument("--dtype", default="float32", help="of the model and its KV cache")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
-    parser.add_argument("--configs", type=Path, nargs="*", default=[], help="Twilight configs to compare with dense")
-    parser.add_argument("--channels", type=Path, help="channel file of Double Sparsity, in place of the configs' own")
+    add_arguments(parser)
     parser.add_argument("--audit", type=float, default=0.1, help="share of rows whose true mass is measured")
-    parser.add_argument("--target", help="a running daemon, unix:///PATH; else one is started")
-    parser.add_argument("--twilightd", default="twilightd", help="the daemon to start")
     parser.add_argument("--emulate", action="store_true", help="run a plain emulation of each config, too")
     parser.add_argument("--out", type=Path, default=Path(), help="where result_<benchmark>/<model>/ goes")
     args = parser.parse_args()
 
     ways = methods(args.configs, args.channels, args.audit, args.emulate)
-    own = {"out", "configs", "channels", "audit", "target", "twilightd", "emulate", "threads"}  # change no result, or are the config
-    settings = {name: str(value) for name, value in vars(args).items() if name not in own}
-    model = Model(args.model, args.device, args.dtype, args.threads)
+    chosen = {name: getattr(args, name) for name in ("model", "dtype", *settings)}
+    model = load(args)
     results = Results(args.out, benchmark, model.name)
     for method in ways:
-        results.begin(method.name, {**settings, "config": method.config})
+        results.begin(method.name, {**chosen, "config": method.config})
     with ExitStack() as stack:
-        client = None
-        if args.configs:
-            target = args.target
-            if target is None:
-                target = stack.enter_context(tw.Daemon("--log-level=warn", program=args.twilightd)).target
-            client = stack.enter_context(tw.dial(target))
+        client = stack.enter_context(connect(args)) if args.configs else None
         run(model, examples(model, args), ways, results, client)
     print(table([results.folder]))
 

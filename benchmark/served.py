@@ -12,11 +12,8 @@ import twilight_client as tw
 from torch import Tensor
 from twilight_client import hf
 
-from .model import Decoder, Model, Prefix
+from .model import ROOM, Decoder, Model, Prefix
 from .tally import Tally
-
-ROOM = 1024
-"""Tokens behind a prefix for which memory is there from the start."""
 
 
 @contextmanager

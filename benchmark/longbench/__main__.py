@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load(task: str, folder: Path | None) -> Iterable[Mapping[str, Any]]:
             )
         return [json.loads(line) for line in file.read_text().splitlines()]
     try:
-        import datasets
+        datasets: Any = import_module("datasets")
     except ImportError as e:
         raise ImportError("install datasets, or name a folder with LongBench's files by --data") from e
     return datasets.load_dataset(DATASET, task, split="test")
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=31500, help="longer prompts lose their middle")
     parser.add_argument("--most", type=int, default=-1, help="examples of each task; -1 for all")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template where LongBench does")
-    run.main("longbench", parser, examples)
+    run.main("longbench", parser, examples, settings=["max_tokens", "chat"])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+from typing import Any
 
 from rouge import Rouge
 
@@ -32,7 +33,8 @@ def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L's F over sentences, by the package that LongBench uses; 0 where it finds no words."""
     if not prediction.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
-    return Rouge(["rouge-l"]).get_scores(prediction, answer)[0]["rouge-l"]["f"]
+    scores: Any = Rouge(["rouge-l"]).get_scores(prediction, answer)
+    return scores[0]["rouge-l"]["f"]
 
 
 def _share_of_numbers(prediction: str, number: str) -> float:

@@ -24,12 +24,12 @@ def examples(model: Model, args: argparse.Namespace) -> Iterator[Question]:
             task = known[name]
             for index in range(args.samples):
 
-                def make(size: int, task=task, name=name, index=index) -> Made:  # noqa: B008
-                    draw = random.Random(f"{args.seed} {name} {index}")  # noqa: S311 - no secret
+                def make(size: int, task=task, name=name, index=index) -> Made:
+                    draw = random.Random(f"{args.seed} {name} {index}")
                     return task.make(draw, size, index)
 
                 room = tokens - task.answer_tokens
-                size = run.fit(lambda n: len(model.encode(make(n).prompt)), room, task.smallest, 2 * tokens)  # noqa: B023
+                size = run.fit(lambda n: len(model.encode(make(n).prompt)), room, task.smallest, 2 * tokens)
                 made = make(size)
                 yield Question(
                     id=str(index),
@@ -53,7 +53,7 @@ def main() -> None:
         "--data", type=Path, default=Path("ruler"), help="folder with essays.txt, squad.json and hotpotqa.json"
     )
     parser.add_argument("--seed", type=int, default=42)
-    run.main("ruler", parser, examples)
+    run.main("ruler", parser, examples, settings=["seed"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from math import pi
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,11 +39,20 @@ class Made:
 class Task(Protocol):
     """Makes prompts."""
 
-    answer_tokens: int
-    smallest: int
-    """Size."""
-    any_answer: bool
-    """One answer is enough."""
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of an answer."""
+        ...
+
+    @property
+    def smallest(self) -> int:
+        """The smallest size."""
+        ...
+
+    @property
+    def any_answer(self) -> bool:
+        """Whether one answer is enough."""
+        ...
 
     def make(self, draw: random.Random, size: int, index: int) -> Made:
         """Makes prompt number index. The same draws and index make the same prompt."""
@@ -168,7 +178,7 @@ class Variables:
                 names.append(name)
         start = str(draw.randint(10_000, 99_999))
         chain = [f"VAR {names[0]} = {start}"]
-        chain += [f"VAR {later} = VAR {before} " for before, later in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {later} = VAR {before} " for before, later in pairwise(names)]
         context = "\n".join(insert(draw, [FILLER] * lines, chain)).replace(". \n", ".\n")
         template = _template("variable_tracking")
         return template.format(context=context, query=start, num_v=len(names)), names

@@ -44,7 +44,6 @@ def tiny(layers: int = 4) -> LlamaForCausalLM:
             num_attention_heads=6,
             num_key_value_heads=2,
             max_position_embeddings=4096,
-            attn_implementation="sdpa",
         )
     ).float()
     for layer in model.model.layers:

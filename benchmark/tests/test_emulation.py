@@ -9,7 +9,6 @@ import torch
 import twilight_client as tw
 
 from benchmark import configs
-from benchmark.capture import capture
 from benchmark.emulation import Emulation, best, quantize, top_p
 from benchmark.examples import Question, Span
 from benchmark.model import Model
@@ -50,7 +49,7 @@ def test_daemon_agrees(name: str, model: Model, client: tw.Client) -> None:
             difference = (dense.feed(TEXT[start:end]).log_softmax(-1) - expected).abs().mean()
     assert (logits - expected).abs().mean() < 0.02 * difference + 1e-5
     mine = emulated.tally
-    assert mine.rows == theirs.rows and mine.heads == theirs.heads
+    assert (mine.rows, mine.heads) == (theirs.rows, theirs.heads)
     assert theirs.candidates == pytest.approx(mine.candidates, rel=1e-3)
     assert theirs.kept == pytest.approx(mine.kept, rel=0.01)
     assert theirs.mass == pytest.approx(mine.mass, rel=0.01)
@@ -104,7 +103,7 @@ def test_span(model: Model) -> None:
     with model.dense(model.prefill(span.prefix(model))) as decoder:
         row = span.run(model, decoder)
     logits = model.model(torch.tensor([tokens])).logits[0, 149:199]
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[150:]))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[150:])).detach()
     assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
     assert row["score"] == pytest.approx(float(loss.exp()), rel=1e-4)
     with pytest.raises(ValueError, match="out of range"):
@@ -124,15 +123,7 @@ def test_question_is_greedy(model: Model) -> None:
     assert row["score"] == 5
 
 
-def test_channels(tmp_path: Path, model: Model) -> None:
-    tensors, metadata = capture(model, TEXT[:64], 16)
-    assert metadata["n"] == "48" and metadata["layers"] == "[0, 1, 2, 3]"
-    assert tensors["layer.3.k"].shape == (2, 64, 16)
-    assert tensors["layer.3.q"].shape == (16, 6, 16)
-    with model.dense(model.prefill(TEXT[:64])):
-        keys = model.prefill(TEXT[:64]).layers[3][0][0]
-    assert torch.allclose(tensors["layer.3.k"].float(), keys, rtol=1e-2, atol=1e-2)
-
+def test_channels(tmp_path: Path) -> None:
     lists = {"q": [[0, 1, 2], [0, 2, 1], [2, 1, 0], [2, 0, 1]], "k": [[1, 0, 2], [2, 1, 0]]}
     file = tmp_path / "channels.json"
     file.write_text(json.dumps({f"model.layers.5.self_attn.{k}_proj": v for k, v in lists.items()}))

@@ -80,7 +80,7 @@ def test_refuses_other_settings(tmp_path: Path) -> None:
     results = Results(tmp_path, "test", "m")
     results.begin("a", {"p": 0.85})
     results.begin("a", {"p": 0.85})
-    with pytest.raises(ValueError, match="move .* away"):
+    with pytest.raises(ValueError, match=r"move .* away"):
         results.begin("a", {"p": 0.95})
 
 

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_ruler(name: str, texts: Path, model: Model) -> None:
     made = task.make(random.Random(0), size, 0)
     assert made == task.make(random.Random(0), size, 0)
     assert made.prompt != prompt(size, 1)
-    assert 0.8 * tokens <= len(model.encode(made.prompt)) <= tokens or name.startswith("qa") and size >= 40
+    assert 0.8 * tokens <= len(model.encode(made.prompt)) <= tokens or (name.startswith("qa") and size >= 40)
 
     assert made.answers
     assert all(answer in made.prompt for answer in made.answers)
@@ -120,8 +121,8 @@ def test_ruler_names_what_is_missing(name: str, tmp_path: Path) -> None:
 def test_longbench(tmp_path: Path, model: Model) -> None:
     row = {"input": "Who?", "context": "Ann. " * 50, "answers": ["Ann"], "all_classes": None, "_id": "7"}
     (tmp_path / "qasper.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "_id": "8"}) + "\n")
-    arguments = type("Arguments", (), {"tasks": ["qasper"], "data": tmp_path, "most": 1, "chat": False, "max_tokens": 40})
-    (example,) = longbench.examples(model, arguments())  # type: ignore[arg-type]
+    arguments = Namespace(tasks=["qasper"], data=tmp_path, most=1, chat=False, max_tokens=40)
+    (example,) = longbench.examples(model, arguments)
     assert example.id == "7"
     assert example.answer_tokens == 128
     assert example.prompt.endswith("Question: Who?\n\nAnswer:")
