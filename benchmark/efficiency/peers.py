@@ -282,11 +282,7 @@ def served(folder, shapes, rounds):
     """Twilight through a daemon, by shape."""
     with tempfile.TemporaryDirectory() as out, mps() as env:
         target = f"unix://{out}/s"
-        # A lease may take half of what is for shadows: two configs are timed in turn.
-        daemon = subprocess.Popen(
-            [folder / "twilightd", "--listen", target, "--backend", "cuda", "--gpu-leases", "2", "--log-level", "error"],
-            env=env,
-        )
+        daemon = subprocess.Popen([folder / "twilightd", "--listen", target, "--backend", "cuda", "--log-level", "error"], env=env)
         try:
             reports = {}
             for shape in shapes:
@@ -338,19 +334,23 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="where to write all figures as JSON")
     args = parser.parse_args()
     shapes = [Shape(text) for text in args.shapes.split(",")]
-    start = time.time()
-    found, absent = peers(shapes, args.rounds)
-    torch.cuda.empty_cache()  # the rest needs the memory
     report = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "absent": absent, "rounds": args.rounds, "peers": found,
+        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "rounds": args.rounds,
     }
+    start = time.time()
+
+    def save(**found):
+        report.update(found, seconds=time.time() - start)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1))
+
+    found, absent = peers(shapes, args.rounds)
+    save(peers=found, absent=absent)
+    torch.cuda.empty_cache()  # the rest needs the memory
     if args.bin:
-        report["chained"] = chained(args.bin, shapes, args.rounds)
-        report["served"] = served(args.bin, shapes, max(3, args.rounds // 3))
-    report["seconds"] = time.time() - start
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1))
+        save(chained=chained(args.bin, shapes, args.rounds))
+        save(served=served(args.bin, shapes, max(3, args.rounds // 3)))
     print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}, service {'under' if report['mps'] else 'without'} MPS; "
           "microseconds a layer")
     for name, why in absent.items():
