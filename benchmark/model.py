@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -63,7 +64,11 @@ class Model:
             file = next(Path(spec.origin).parent.glob("*.gguf"))
             source, options = str(file.parent), {"gguf_file": file.name}
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-        self._take(name, model.to(device), AutoTokenizer.from_pretrained(source, **options))
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if name == SMOLLM2:  # of a GGUF file's pre-tokenizers, transformers knows one
+            words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+        self._take(name, model.to(device), tokenizer)
 
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any) -> Model:

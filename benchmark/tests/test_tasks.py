@@ -133,4 +133,4 @@ def test_longbench(tmp_path: Path, model: Model) -> None:
     assert 0 < len(tokens) - cut <= longbench.QUESTION
     arguments.tasks = ["lcc"]
     with pytest.raises(FileNotFoundError, match="--data names the folder"):
-        list(longbench.examples(model, arguments()))  # type: ignore[arg-type]
+        list(longbench.examples(model, arguments))
