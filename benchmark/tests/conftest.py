@@ -58,13 +58,19 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tw.Client]:
-    program = tmp_path_factory.mktemp("bin") / "twilightd"
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The daemon, built of this tree."""
+    path = tmp_path_factory.mktemp("bin") / "twilightd"
     subprocess.run(
-        ["go", "build", "-o", program, "./cmd/twilightd"],
+        ["go", "build", "-o", path, "./cmd/twilightd"],
         cwd=ROOT,
         env={**os.environ, "CGO_ENABLED": "0"},
         check=True,
     )
+    return path
+
+
+@pytest.fixture(scope="session")
+def client(program: Path) -> Iterator[tw.Client]:
     with tw.Daemon("--log-level=error", program=program) as daemon, tw.dial(daemon.target) as c:
         yield c
