@@ -10,6 +10,8 @@ MAKEFLAGS += --no-print-directory
 GO ?= go
 # Arguments of the demo: make demo ARGS=--json
 ARGS ?=
+# At least 3.10.
+PYTHON ?= python3
 # Which benchmarks to run, and where.
 BENCH ?= .
 BENCH_PACKAGES ?= ./...
@@ -29,11 +31,13 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUF_VERSION := v1.75.0
 GOLANGCI_LINT_VERSION := v2.15.0
-JAEGER_VERSION := v1.76.0
+PHOENIX_VERSION := 20.26.1
+UV_VERSION := 0.13.9
 PLAYWRIGHT_VERSION := 1.65.1
 GRPCURL_VERSION := v1.9.4
 PROTOC_GEN_GO_VERSION := v1.36.12
 PROTOC_GEN_GO_GRPC_VERSION := v1.6.2
+GRPCIO_TOOLS_VERSION := 1.76.0
 
 .PHONY: help
 help: ## Describe the targets
@@ -53,15 +57,24 @@ CALIBRATION ?= smollm2-calibration.safetensors
 LAYERS ?= 2,9,17,25
 
 .PHONY: methods
-methods: ## Compare all methods into docs/methods.md (CAPTURE=FILE CALIBRATION=FILE)
+methods: ## Compare all methods into docs/methods.md and .svg (CAPTURE=FILE CALIBRATION=FILE)
 	@mkdir -p $(TMP)
-	$(GO) run ./cmd/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
-		--configs 'benchmark/configs/*.json' --token-budget 1024 --markdown >$(TMP)/methods
-	@{ printf '# Every method, by one measure\n\n%s\n%s\n%s\n%s\n\n' \
-		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), selectors with' \
-		'a budget at 1024 candidates, calibrated on another text. Coverage and mass are the true shares of attention' \
-		'that candidates and kept tokens hold, head error the mean relative error of the outputs of single heads. Made' \
-		'by `make methods`.'; cat $(TMP)/methods; } >docs/methods.md
+	$(GO) build -o $(TMP)/twilight ./cmd/twilight
+	@compare() { $(TMP)/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
+		--configs 'benchmark/configs/*.json' "$$@"; }; \
+	set -x; compare --token-budget 256,512,1024,2048 --out $(TMP)/methods >/dev/null; \
+	compare --token-budget 1024 --markdown >$(TMP)/methods/table
+	@cp $(TMP)/methods/compare.svg docs/methods.svg
+	@{ printf '%s\n' '# Every method, by one measure' '' \
+		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), calibrated on' \
+		'another text. Made by `make methods`.' '' \
+		'![Head error and worst mass of each method by the tokens it keeps](methods.svg)' '' \
+		'A curve is a method with 256, 512, 1024 and 2048 candidates, all of them kept; points are the same candidates,' \
+		'pruned. Head error is the mean relative error of the outputs of single heads, worst mass the true share of' \
+		'attention that the kept tokens of the worst (layer, step, head) hold.' '' \
+		'With 1024 candidates, where a method has a budget of them; coverage is the true share of attention that' \
+		'candidates hold, mass that of kept tokens, error that of all outputs together. Bytes are what a KV head of a' \
+		'layer reads in a step, of cache and shadow.' ''; cat $(TMP)/methods/table; } >docs/methods.md
 
 .PHONY: test
 test: ## Run every test
@@ -95,19 +108,25 @@ lint: $(BIN)/buf $(BIN)/golangci-lint ## Check style, import rules and formattin
 	buf lint
 	buf format --diff --exit-code proto
 
+PYTHON_PROTO := client/python/src/twilight_client/_proto/twilight
+# protoc imports messages from the top of sys.path; ours lie in a package.
+GENERATE = buf generate --output $(1) && \
+	find $(1)/$(PYTHON_PROTO) -name '*_pb2.py*' -exec sed -i 's/^from twilight\.v1 import/from . import/' {} +
+
 .PHONY: generate
-generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Generate Go code from proto/
+generate: $(BIN)/buf $(BIN)/protoc $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Generate Go and Python code from proto/
 	find proto -name '*.pb.go' -delete
-	buf generate
+	rm -rf $(PYTHON_PROTO)
+	$(call GENERATE,.)
 
 # Generates beside the tree and compares, so it tells the same with or without uncommitted work.
 .PHONY: check-generate
-check-generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Fail unless the generated code is current
+check-generate: $(BIN)/buf $(BIN)/protoc $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Fail unless the generated code is current
 	@rm -rf $(TMP)/generated
-	@buf generate --output $(TMP)/generated
-	@sums() { cd "$$1" && find . -name '*.pb.go' -exec sha256sum {} + | sort -k 2; }; \
-	diff <(sums proto) <(sums $(TMP)/generated/proto) || \
-		{ echo "generated code in proto/ is not current: run 'make generate'" >&2; exit 1; }
+	@$(call GENERATE,$(TMP)/generated)
+	@sums() { cd "$$1" && find proto $(PYTHON_PROTO) \( -name '*.pb.go' -or -name '*_pb2.py*' \) -exec sha256sum {} + | sort -k 2; }; \
+	diff <(sums .) <(sums $(TMP)/generated) || \
+		{ echo "the code that proto/ generates is not current: run 'make generate'" >&2; exit 1; }
 
 # Compared with the commit where this branch left origin/main or, on main itself, with the commit
 # before: no baseline to keep, no network. A clone of one commit can only be compared with itself,
@@ -139,6 +158,9 @@ describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and
 
 include gpu/cuda/cuda.mk
 
+include client/python/python.mk
+include benchmark/benchmark.mk
+
 E2E := $(abspath $(TMP))/e2e
 E2E_CONFIG := telemetry/e2e/config.json
 
@@ -146,23 +168,29 @@ E2E_CONFIG := telemetry/e2e/config.json
 e2e-commands:
 	@CGO_ENABLED=0 $(GO) build -o $(E2E)/ ./cmd/twilightd ./cmd/twilight
 
-.PHONY: page-e2e
-page-e2e: e2e-commands ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+# The browser's driver, beside the scripts that need it.
+.PHONY: e2e-driver
+e2e-driver: e2e-commands
 	@npm install --prefix $(E2E) --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error \
 		playwright-core@$(PLAYWRIGHT_VERSION)
-	@cp telemetry/e2e/page.mjs $(E2E)/
-	node $(E2E)/page.mjs $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG) docs/budgets.png
+	@cp telemetry/e2e/*.mjs $(E2E)/
+
+E2E_ARGS := $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG)
+
+.PHONY: page-e2e
+page-e2e: e2e-driver ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+	node $(E2E)/page.mjs $(E2E_ARGS) docs/budgets.png
 
 .PHONY: trace-e2e
-trace-e2e: e2e-commands $(BIN)/jaeger ## Find per-head budgets of a real capture in Jaeger, under the engine's own trace
-	BIN=$(E2E) ROOT=$(CURDIR) JAEGER=$(abspath $(BIN))/jaeger $(GO) test -tags e2e -count 1 -v ./telemetry/e2e
+trace-e2e: e2e-driver $(TMP)/phoenix/bin/phoenix ## Find per-head budgets of a real capture in Phoenix, under the engine's own trace; makes docs/trace.png
+	node $(E2E)/trace.mjs $(E2E_ARGS) $(abspath $(TMP)/phoenix/bin/phoenix) docs/trace.png
 
 .PHONY: ci
 ci: ## Run all that a change must pass
 	.ci/run
 
 .PHONY: tools
-tools: $(addprefix $(BIN)/,buf golangci-lint grpcurl protoc-gen-go protoc-gen-go-grpc) ## Install the pinned tools into .tmp/bin
+tools: $(addprefix $(BIN)/,buf golangci-lint grpcurl protoc protoc-gen-go protoc-gen-go-grpc uv) ## Install the pinned tools into .tmp/bin
 
 .PHONY: clean
 clean: ## Remove the tools and all that was built
@@ -202,9 +230,20 @@ $(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSI
 	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
 	@touch $@
 
-# In a module of its own: its hundreds of requirements are not ours.
-$(BIN)/jaeger: $(PINS)/jaeger@$(JAEGER_VERSION)
-	@mkdir -p $(TMP)/jaeger && cd $(TMP)/jaeger && rm -f go.mod go.sum && $(GO) mod init jaeger 2>/dev/null && \
-		GOFLAGS=-mod=mod $(GO) get -tool github.com/jaegertracing/jaeger/cmd/jaeger@$(JAEGER_VERSION)
-	cd $(TMP)/jaeger && GOFLAGS=-mod=mod CGO_ENABLED=0 $(GO) build -o $(abspath $@) github.com/jaegertracing/jaeger/cmd/jaeger
+$(BIN)/uv: $(PINS)/uv@$(UV_VERSION)
+	$(PYTHON) -m venv --clear $(TMP)/uv
+	$(TMP)/uv/bin/pip install --quiet uv==$(UV_VERSION)
+	ln -sf ../uv/bin/uv $@
+	@touch $@
+
+# protoc for Python comes as a Python module.
+$(BIN)/protoc: $(PINS)/protoc@$(GRPCIO_TOOLS_VERSION) | $(BIN)/uv
+	uv venv --quiet --clear --python $(PYTHON) $(TMP)/protoc
+	uv pip install --quiet --python $(TMP)/protoc/bin/python grpcio-tools==$(GRPCIO_TOOLS_VERSION)
+	printf '#!/bin/sh\nexec "$${0%%/*}/../protoc/bin/python" -m grpc_tools.protoc "$$@"\n' >$@
+	chmod +x $@
+
+$(TMP)/phoenix/bin/phoenix: $(PINS)/phoenix@$(PHOENIX_VERSION) | $(BIN)/uv
+	uv venv --quiet --clear --python $(PYTHON) $(TMP)/phoenix
+	uv pip install --quiet --python $(TMP)/phoenix/bin/python arize-phoenix==$(PHOENIX_VERSION)
 	@touch $@

@@ -34,7 +34,7 @@ func TestLifecycle(t *testing.T) {
 	fake.onLayer = func(_ context.Context, req *gpu.LayerRequest, res *gpu.LayerResult) error {
 		*res = gpu.LayerResult{
 			Candidates: []uint32{9}, Kept: []uint32{3}, Lists: []int32{1, 5, 7}, Output: req.Query.Inline,
-			Mass: []float32{0.5, 0.25}, Timing: gpu.Timing{Wall: 5},
+			Mass: []float32{0.5, 0.25}, Timing: gpu.Timing{Wall: 5}, Read: gpu.Read{Cache: 300, Shadow: 20},
 		}
 		return nil
 	}
@@ -60,7 +60,8 @@ func TestLifecycle(t *testing.T) {
 	e.must(step(2))
 	got := e.must(layer(2)).GetLayerResult()
 	if len(got.GetOutput()) != 128 || len(got.GetLists()) != 3 || got.GetKept()[0] != 3 ||
-		got.GetCandidates()[0] != 9 || got.GetEstimatedMass()[1] != 0.25 || got.GetTiming().GetWallNs() != 5 {
+		got.GetCandidates()[0] != 9 || got.GetEstimatedMass()[1] != 0.25 || got.GetTiming().GetWallNs() != 5 ||
+		got.GetCacheBytesRead() != 300 || got.GetShadowBytesRead() != 20 {
 		t.Errorf("layer result: %v", got)
 	}
 	e.must(request(&twilightv1.CancelStep{CacheId: 1, StepId: 2}))
@@ -696,4 +697,49 @@ func TestAnotherUser(t *testing.T) {
 		t.Fatal(err)
 	}
 	released(t, fake)
+}
+
+// goneStream brings one request, of an engine that is gone by then.
+type goneStream struct {
+	leaseStream
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+func (s *goneStream) Context() context.Context { return s.ctx }
+
+func (s *goneStream) Recv() (*twilightv1.LeaseRequest, error) {
+	s.cancel()
+	return layer(1), nil
+}
+
+func (s *goneStream) Send(*twilightv1.LeaseResponse) error { return s.ctx.Err() }
+
+// A stream that ends while a request comes in ends its lease, whether the request was still served or not.
+func TestStreamEndsUnderRequest(t *testing.T) {
+	t.Parallel()
+	device := newFake()
+	s := start(t, Config{}, device)
+	for range 100 {
+		l, err := s.newLease(t.Context(), 1, openRequest(), device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() {
+			l.stream = &goneStream{ctx: ctx, cancel: cancel}
+			ended <- l.serve(l.stream)
+			l.close()
+		}()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("ended with %v", err)
+			}
+		case <-time.After(deadline):
+			t.Fatal("the lease goes on")
+		}
+	}
+	released(t, device)
 }

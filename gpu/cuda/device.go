@@ -37,6 +37,9 @@ type Options struct {
 	FusedFrom int
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
+	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context: only
+	// a new process can go on. It must not block.
+	Lost func(error)
 }
 
 // Device is one GPU.
@@ -46,8 +49,10 @@ type Device struct {
 	uuid    string
 	name    string
 	sms     int
-	owner   *owner
-	kernels *kernels.Kernels
+	// bandwidth of the memory, in bytes a second: what reading reaches.
+	bandwidth float64
+	owner     *owner
+	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
 	closed      bool
@@ -59,7 +64,7 @@ var _ gpu.Device = (*Device)(nil)
 
 // New takes a GPU, whose primary context stays until Close.
 func New(o Options) (*Device, error) {
-	device, uuid, err := find(o.UUID)
+	device, uuid, err := drv.Find(o.UUID)
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +76,9 @@ func New(o Options) (*Device, error) {
 	if err == nil {
 		d.sms, err = device.Attribute(cu.MultiprocessorCount)
 	}
+	if err == nil {
+		d.bandwidth, err = bandwidth(device)
+	}
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
 	}
@@ -80,7 +88,7 @@ func New(o Options) (*Device, error) {
 	l.ShadowBytes = min(cmp.Or(l.ShadowBytes, d.options.ShadowBytes), d.options.ShadowBytes)
 	l.Batch = cmp.Or(l.Batch, 4096)
 	l.SequenceTokens = cmp.Or(l.SequenceTokens, 1<<20)
-	if d.owner, err = newOwner(device); err != nil {
+	if d.owner, err = newOwner(device, o.Lost); err != nil {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
@@ -94,28 +102,15 @@ func New(o Options) (*Device, error) {
 	return d, nil
 }
 
-// find returns the GPU of a UUID, or the only one.
-func find(uuid string) (cu.Device, string, error) {
-	n, err := cu.NumDevices()
+// bandwidth is what reading reaches, in bytes a second.
+func bandwidth(device cu.Device) (float64, error) {
+	clock, err := device.Attribute(cu.MemoryClockRate) // kHz
 	if err != nil {
-		return 0, "", drv.Wrap("cuDeviceGetCount", err)
+		return 0, err
 	}
-	var names []string
-	for i := range n {
-		device, err := cu.GetDevice(i)
-		if err != nil {
-			return 0, "", drv.Wrap("cuDeviceGet", err)
-		}
-		name, err := drv.UUID(device)
-		if err != nil {
-			return 0, "", err
-		}
-		if name == uuid || uuid == "" && n == 1 {
-			return device, name, nil
-		}
-		names = append(names, name)
-	}
-	return 0, "", fault.Newf(fault.NotFound, "device", "%q names none of the visible GPUs %q: name one", uuid, names)
+	width, err := device.Attribute(cu.GlobalMemoryBusWidth) // bits
+	const both, reached = 2, .92                            // edges of the clock; of the peak
+	return both * float64(clock) * 1e3 * float64(width) / 8 * reached, err
 }
 
 // Info implements gpu.Device.
@@ -136,9 +131,9 @@ func (d *Device) Info() gpu.Info {
 		HeadSizes:        sizes,
 		MaxHeadSize:      kernels.MaxDim,
 		MaxGroup:         kernels.MaxGroup,
-		Selectors:        []string{"none", "quest"},
-		Estimators:       []string{"none", "min_max_quant"},
-		Pruners:          []string{"none", "top_p"},
+		Selectors:        slices.Clone(selectors),
+		Estimators:       slices.Clone(estimators),
+		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
 		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
@@ -181,7 +176,18 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens, nil
+	layers := 0
+	for layer := range g.Layers {
+		if !m.pipeline.Skips(layer) {
+			layers++
+		}
+	}
+	return m.bytesPerToken(g, layers), nil
+}
+
+// bytesPerToken is what a token takes of some layers that are not skipped.
+func (m *method) bytesPerToken(g *kv.Geometry, layers int) float64 {
+	return float64(layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
 }
 
 // Open implements gpu.Device.

@@ -18,6 +18,7 @@ type owner struct {
 	calls chan *call
 	ended chan struct{}
 	pool  sync.Pool
+	lost  func(error) // once
 }
 
 type call struct {
@@ -25,9 +26,13 @@ type call struct {
 	done chan error
 }
 
-// newOwner starts the thread with the device's primary context current.
-func newOwner(device cu.Device) (*owner, error) {
-	o := &owner{calls: make(chan *call), ended: make(chan struct{})}
+// newOwner starts the thread with the device's primary context current. lost may be nil.
+func newOwner(device cu.Device, lost func(error)) (*owner, error) {
+	o := &owner{calls: make(chan *call), ended: make(chan struct{}), lost: func(error) {}}
+	if lost != nil {
+		var once sync.Once
+		o.lost = func(err error) { once.Do(func() { lost(err) }) }
+	}
 	o.pool.New = func() any { return &call{done: make(chan error, 1)} }
 	started := make(chan error)
 	go o.serve(device, started)
@@ -46,7 +51,11 @@ func (o *owner) serve(device cu.Device, started chan<- error) {
 		return
 	}
 	for c := range o.calls {
-		c.done <- c.run()
+		err := c.run()
+		if sticky(err) {
+			o.lost(explain(err))
+		}
+		c.done <- err
 	}
 	_ = device.ReleasePrimaryCtx() // nothing can be done about it, and the process ends next
 }
