@@ -1,10 +1,6 @@
 package simd
 
-import (
-	"unsafe"
-
-	"golang.org/x/sys/cpu"
-)
+import "golang.org/x/sys/cpu"
 
 var accelerated = cpu.X86.HasAVX2 && cpu.X86.HasFMA && cpu.X86.HasF16C
 
@@ -65,7 +61,7 @@ func addLots(t Type, out, weights [][]float32, at int, vectors [][]byte, n, lots
 	}
 }
 
-// codeArgs are what a kernel for codes works on. Kernels use up n.
+// codeArgs are what a kernel for codes works on.
 type codeArgs struct {
 	heads, out      [Most]*float32
 	sums, constants [Most]float32
@@ -78,14 +74,16 @@ type codeArgs struct {
 
 // dots is Dots for whole lots.
 func (q *CodeQueries) dots(out [][]float32, at int, codes []byte, params []float32, next []byte) {
-	n := len(params) / 2
-	a := codeArgs{sums: q.sums, constants: q.constants, codes: &codes[0], params: &params[0], next: unsafe.SliceData(next), n: n, lots: q.dim / lot, bytes: CodeBytes(q.bits, q.dim)}
+	a := codeArgs{
+		sums: q.sums, constants: q.constants, codes: &codes[0], params: &params[0], next: &next[0],
+		n: len(params) / 2, lots: q.dim / lot, bytes: CodeBytes(q.bits, q.dim),
+	}
 	for i := range Most {
 		h := i
 		if h >= q.heads {
 			h = 0 // which is written last
 		}
-		a.heads[i], a.out[i] = &q.query(h)[0], &out[h][at:][:n][0]
+		a.heads[i], a.out[i] = &q.query(h)[0], &out[h][at:][:a.n][0]
 	}
 	one := q.heads == 1
 	switch {

@@ -136,8 +136,8 @@ GLOBL u4wide<>(SB), RODATA|NOPTR, $128
 // ahead by itself. Both go to the second cache, as vectors of one head may compete for few places in the
 // first. These macros use R14 and want AX to point to args, R12 into the list.
 #define HEADER 24
-#define NEAR (20*HEADER)
-#define FAR (32*HEADER)
+#define NEAR (32*HEADER)
+#define FAR (48*HEADER)
 
 #define FETCH_FAR(HEADERS) \
 	LEAQ       (FAR+HEADERS)(R12), R14 \
@@ -159,9 +159,15 @@ GLOBL u4wide<>(SB), RODATA|NOPTR, $128
 	MOVQ       (R12), SI \
 	ADDQ       $HEADER, R12
 
-// FETCH asks for the next bytes of the vector at R14. All of it at once would stop the arithmetic.
+// FETCH asks for the next bytes of the vector at R14, up to a line; FETCH_LINES for two. All of it at once would
+// stop the arithmetic.
 #define FETCH(BYTES) \
 	PREFETCHT1 (R14) \
+	ADDQ       $(BYTES), R14
+
+#define FETCH_LINES(BYTES) \
+	PREFETCHT1 (R14) \
+	PREFETCHT1 ((BYTES)-64)(R14) \
 	ADDQ       $(BYTES), R14
 
 #define NO_FETCH(BYTES)
@@ -303,7 +309,7 @@ sum: \
 	SUM4
 
 // DOT4 multiplies each vector by 4 queries.
-#define DOT4(SETUP, PRODUCTS, LOAD, BYTES) \
+#define DOT4(SETUP, PRODUCTS, LOAD, BYTES, FETCH) \
 	MOVQ a+0(FP), AX \
 	MOVQ args_heads+0(AX), R8 \
 	MOVQ args_heads+8(AX), R9 \
@@ -397,7 +403,7 @@ sum: \
 	SUM1
 
 // DOT1 is DOT4 for one query.
-#define DOT1(SETUP, PRODUCT, LOAD, BYTES) \
+#define DOT1(SETUP, PRODUCT, LOAD, BYTES, FETCH) \
 	MOVQ a+0(FP), AX \
 	MOVQ args_heads+0(AX), R8 \
 	MOVQ args_out+0(AX), BX \
@@ -601,59 +607,59 @@ lots: \
 
 // func dot4F32(a *args)
 TEXT ·dot4F32(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, PRODUCTS4, LOAD_F32, 32)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_F32, 32, FETCH)
 
 // func dot4F16(a *args)
 TEXT ·dot4F16(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, PRODUCTS4, LOAD_F16, 16)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_F16, 16, FETCH)
 
 // func dot4BF16(a *args)
 TEXT ·dot4BF16(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, PRODUCTS4, LOAD_BF16, 16)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_BF16, 16, FETCH)
 
 // func dot4F32Wide(a *args)
 TEXT ·dot4F32Wide(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, WIDE4, LOAD_F32WIDE, 64)
+	DOT4(NO_SETUP, WIDE4, LOAD_F32WIDE, 64, FETCH_LINES)
 
 // func dot4F16Wide(a *args)
 TEXT ·dot4F16Wide(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, WIDE4, LOAD_F16WIDE, 32)
+	DOT4(NO_SETUP, WIDE4, LOAD_F16WIDE, 32, FETCH)
 
 // func dot4BF16Wide(a *args)
 TEXT ·dot4BF16Wide(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, WIDE4, LOAD_BF16WIDE, 32)
+	DOT4(NO_SETUP, WIDE4, LOAD_BF16WIDE, 32, FETCH)
 
 // func dot4F8(a *args)
 TEXT ·dot4F8(SB), NOSPLIT, $0-8
-	DOT4(SETUP_F8, PRODUCTS4, LOAD_F8, 8)
+	DOT4(SETUP_F8, PRODUCTS4, LOAD_F8, 8, FETCH)
 
 // func dot1F32(a *args)
 TEXT ·dot1F32(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, PRODUCT1, LOAD_F32, 32)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_F32, 32, FETCH)
 
 // func dot1F16(a *args)
 TEXT ·dot1F16(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, PRODUCT1, LOAD_F16, 16)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_F16, 16, FETCH)
 
 // func dot1BF16(a *args)
 TEXT ·dot1BF16(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, PRODUCT1, LOAD_BF16, 16)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_BF16, 16, FETCH)
 
 // func dot1F32Wide(a *args)
 TEXT ·dot1F32Wide(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, WIDE1, LOAD_F32WIDE, 64)
+	DOT1(NO_SETUP, WIDE1, LOAD_F32WIDE, 64, FETCH_LINES)
 
 // func dot1F16Wide(a *args)
 TEXT ·dot1F16Wide(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, WIDE1, LOAD_F16WIDE, 32)
+	DOT1(NO_SETUP, WIDE1, LOAD_F16WIDE, 32, FETCH)
 
 // func dot1BF16Wide(a *args)
 TEXT ·dot1BF16Wide(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, WIDE1, LOAD_BF16WIDE, 32)
+	DOT1(NO_SETUP, WIDE1, LOAD_BF16WIDE, 32, FETCH)
 
 // func dot1F8(a *args)
 TEXT ·dot1F8(SB), NOSPLIT, $0-8
-	DOT1(SETUP_F8, PRODUCT1, LOAD_F8, 8)
+	DOT1(SETUP_F8, PRODUCT1, LOAD_F8, 8, FETCH)
 
 // func codes1U2(a *codeArgs)
 TEXT ·codes1U2(SB), NOSPLIT, $0-8

@@ -36,7 +36,7 @@ const (
 )
 
 // Ahead is how many vectors from the one it works on Dots and Add ask memory for.
-const Ahead = 32
+const Ahead = 48
 
 // Dots writes the product of queries[h] and the i-th of the first n vectors to out[h][at+i]. Vectors
 // behind the n-th are only asked of memory: those of the next call, up to Ahead.
