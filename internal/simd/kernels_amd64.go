@@ -8,9 +8,7 @@ var accelerated = cpu.X86.HasAVX2 && cpu.X86.HasFMA && cpu.X86.HasF16C
 var wide = accelerated && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
 
 // places holds, for each mask of 8 bits, the places of those set.
-var places = tabulatePlaces()
-
-func tabulatePlaces() (t [1 << lot][lot]uint8) {
+var places = func() (t [1 << lot][lot]uint8) { //nolint:unused // by the assembly
 	for mask := range t {
 		n := 0
 		for i := range uint8(lot) {
@@ -21,7 +19,7 @@ func tabulatePlaces() (t [1 << lot][lot]uint8) {
 		}
 	}
 	return t
-}
+}()
 
 // args are what a kernel works on; add kernels use n up.
 type args struct {
