@@ -62,7 +62,7 @@ type process struct {
 	state  telemetry.WorkerState
 	reason string // why it was killed, or how it ended
 	socket string // of its lease
-	over   func() // to be told when the lease's process is reaped
+	over   func() // to be told, once, when the lease is over or the process gone
 	report []byte // the last
 	said   string // the last line that is no log record
 }
@@ -161,7 +161,7 @@ func (w *process) describe(ctx context.Context, query *twilightv1.ShadowQuery) (
 	return told.GetDevice(), err
 }
 
-// open opens the worker's lease. over is called, if the lease was opened, when the process is gone.
+// open opens the worker's lease. over is called, once, if the lease was opened, when it is over.
 func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*twilightv1.OpenLeaseResponse, error) {
 	socket := filepath.Join(filepath.Dir(o.Socket), fmt.Sprintf("%s.%d", filepath.Base(o.Socket), w.pid()))
 	w.mu.Lock()
@@ -188,6 +188,7 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 		w.lease.Store(0)
 		return nil, err
 	}
+	over = sync.OnceFunc(over)
 	w.mu.Lock()
 	w.over = over
 	gone := w.gone()
@@ -199,10 +200,13 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.move(telemetry.WorkerLeased)
 	go func() {
 		defer cancel()
-		last, _ := stream.Recv() // returns when the lease is over, or the process
+		last, err := stream.Recv() // returns when the lease is over, or the process
 		w.mu.Lock()
 		w.report = last.GetEnded().GetReport()
 		w.mu.Unlock()
+		if err == nil {
+			over()
+		}
 		w.hangUp()
 	}()
 	return first.GetOpened(), nil
