@@ -94,8 +94,9 @@ class Model:
         self._dense = model.config._attn_implementation
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with those that the tokenizer puts around it."""
-        return self.tokenizer(text).input_ids
+        """Tokens of a text, with those that the tokenizer puts around it, unless the text has them already."""
+        begin = self.tokenizer.bos_token
+        return self.tokenizer(text, add_special_tokens=not (begin and text.startswith(begin))).input_ids
 
     def tail(self, text: str) -> int:
         """Number of tokens of a piece of text, alone."""

@@ -13,6 +13,7 @@ from benchmark.emulation import Emulation, best, quantize, top_p
 from benchmark.examples import Question, Span
 from benchmark.model import Model
 from benchmark.served import served
+from benchmark.tests.conftest import Words
 
 TEXT = torch.randint(0, 256, (700,), generator=torch.Generator().manual_seed(2)).tolist()
 ESTIMATOR = {"type": "min_max_quant", "quant_bit": 4}
@@ -108,6 +109,11 @@ def test_span(model: Model) -> None:
     assert row["score"] == pytest.approx(float(loss.exp()), rel=1e-4)
     with pytest.raises(ValueError, match="out of range"):
         Span("x", "x", text, 150, 201).prefix(model)
+
+
+def test_a_text_begins_once(model: Model) -> None:
+    tokenized = Model.of("begins", model.model, Words("<s>"))
+    assert tokenized.encode("a b") == tokenized.encode("<s> a b") == [0, 1, 2]
 
 
 def test_question_is_greedy(model: Model) -> None:
