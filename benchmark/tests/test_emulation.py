@@ -62,6 +62,22 @@ def test_daemon_agrees(name: str, model: Model, client: tw.Client) -> None:
         assert theirs.dense == 0
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"compressor": {"type": "snap_kv", "window_size": 16, "max_capacity_prompt": 64}},
+        {"selector": {"type": "h2o", "token_budget": 64}},
+    ],
+)
+def test_methods_that_look_at_the_prefill(config: dict[str, Any], model: Model, client: tw.Client) -> None:
+    prefix = model.prefill(TEXT[:300])
+    with torch.inference_mode(), served(model, prefix, config, client) as decoder:
+        decoder.feed(TEXT[300:303])
+        summary = decoder.tally.summary()
+    assert summary["dense_rows"] == 0
+    assert 60 <= summary["kept"] <= 70
+
+
 def test_refuses_what_it_does_not_know() -> None:
     for config in ({"selector": {"type": "sparq"}}, {"coverage": 0.97}, {"use_estimated_weights_in_attn": True}):
         with pytest.raises(ValueError, match="emulated"):
