@@ -166,12 +166,12 @@ func sum(weights []float32) float32 {
 
 // inUnit is where the positions end that share a unit with positions[i], the first of them.
 func inUnit(positions []int32, i, unit int) int {
-	end := (positions[i]/int32(unit) + 1) * int32(unit)
-	most := min(i+int(end-positions[i]), len(positions))
-	if positions[most-1] < end {
+	end := (int(positions[i])/unit + 1) * unit
+	most := min(i+end-int(positions[i]), len(positions))
+	if int(positions[most-1]) < end {
 		return most
 	}
-	for i++; positions[i] < end; i++ {
+	for i++; int(positions[i]) < end; i++ {
 	}
 	return i
 }

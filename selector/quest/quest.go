@@ -67,16 +67,10 @@ func (q quest) score(row *selector.Row, first, end int) []float32 {
 	scores := f32[:chunks]
 	clear(scores)
 	for _, b := range bounds {
-		if !isFinite(vek32.Sum(b)) {
-			for c := range b {
-				if !isFinite(b[c]) {
-					b[c] = float32(math.Inf(1))
-				}
-			}
-		}
+		replaceNonFinite(b, float32(math.Inf(1)))
 		vek32.Add_Inplace(scores, b)
 	}
-	vek32.MinimumNumber_Inplace(scores, math.MaxFloat32)
+	replaceNonFinite(scores, math.MaxFloat32)
 	row.Ranking.Bounds = append(matrix[:0], bounds...)
 	return scores
 }
@@ -110,6 +104,17 @@ func (q quest) askMany(bounds, signed [][]float32, row *selector.Row, first int,
 		}
 		for h := range bounds {
 			bounds[h][c] = vek32.Dot(signed[h], record)
+		}
+	}
+}
+
+func replaceNonFinite(x []float32, by float32) {
+	if isFinite(vek32.Sum(x)) {
+		return
+	}
+	for i := range x {
+		if !isFinite(x[i]) {
+			x[i] = by
 		}
 	}
 }
