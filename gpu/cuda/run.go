@@ -315,7 +315,7 @@ func (c *cache) reserve() error {
 	}
 	if c.attends() {
 		// As many blocks as run at once. A row takes fewer if there is not work enough.
-		d.Splits = int32(max(1, l.device.sms*attendBlocks/max(rows, 1)))
+		d.Splits = int32(min(max(1, l.device.sms*attendBlocks/max(rows, 1)), kernels.MaxSplits))
 		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
 	}
 	switch {
@@ -624,7 +624,7 @@ func (c *cache) collect(i int) error {
 		}
 		total += int(kept)
 		if path != pipeline.Dense || r%perKV == 0 { // lists of a KV head that are dense are one
-			c.countRead(row, path, uint64(candidates), uint64(kept))
+			c.countRead(b, path, uint64(candidates), uint64(kept))
 		}
 	}
 	c.collectAudits()
@@ -641,11 +641,11 @@ func (c *cache) collect(i int) error {
 	return nil
 }
 
-// countRead adds what a list row read, by what the methods' records hold: a selector reads the records of
-// all chunks, an estimator those of its candidates, or their keys if it keeps no records; attention reads keys
-// and values, but no keys whose logits are known.
-func (c *cache) countRead(row *kv.SeqRow, path pipeline.Path, candidates, kept uint64) {
-	g, read := &c.lease.geometry, &c.call.res.Read
+// countRead adds what a list row of sequence b read, by what the methods' records hold: a selector reads the
+// records of all chunks, or all keys if it ranks by those, an estimator the records of its candidates, or their
+// keys if it keeps none; attention reads keys and values, but no keys whose logits are known.
+func (c *cache) countRead(b int, path pipeline.Path, candidates, kept uint64) {
+	g, read, row := &c.lease.geometry, &c.call.res.Read, &c.call.rows[b]
 	k, v := uint64(g.KDim*c.spec.DType.Size()), uint64(g.VDim*c.spec.DType.Size())
 	if c.call.req.ListsOnly {
 		v = 0
@@ -660,6 +660,9 @@ func (c *cache) countRead(row *kv.SeqRow, path pipeline.Path, candidates, kept u
 		return
 	case pipeline.Sparse:
 	}
+	if c.ranksKeys(b, candidates) {
+		read.Cache += uint64(row.Len-row.First) * k
+	}
 	selector, estimator := c.lease.method.pipeline.Shadows()
 	if selector != nil {
 		read.Shadow += uint64(selector.HeadBytes(g.KDim) + len(row.Chunks)*selector.ChunkBytes(g.KDim))
@@ -672,6 +675,19 @@ func (c *cache) countRead(row *kv.SeqRow, path pipeline.Path, candidates, kept u
 	if !c.call.req.ListsOnly {
 		read.Cache += kept * (k + v)
 	}
+}
+
+// ranksKeys tells whether a list row of so many candidates was ranked by its keys.
+func (c *cache) ranksKeys(b int, candidates uint64) bool {
+	d, row := &c.call.desc, &c.call.rows[b]
+	amount, _ := c.lease.method.budget(row, c.budget(b))
+	switch tokens := row.Len - row.First; {
+	case amount >= tokens, d.Ranks == kernels.RankChannels && d.Channels == 0:
+		return false
+	case d.Selects == kernels.SelectCarried: // else the list was found by an earlier layer
+		return d.Reselection >= 0 && candidates == uint64(tokens)
+	}
+	return d.Ranks == kernels.RankKeys || d.Ranks == kernels.RankLargest || d.Ranks == kernels.RankChannels
 }
 
 // collectAudits reads what audits found. A row that was dense holds all the attention without error.
