@@ -35,6 +35,9 @@ type cache struct {
 	work    []kv.ChunkWork
 	batch   batch
 	call    layerCall
+
+	armed   *armer
+	closing bool // arms nothing more
 }
 
 var _ gpu.Cache = (*cache)(nil)
@@ -50,6 +53,7 @@ func (l *lease) newCache(ctx context.Context, p *plan) (*cache, error) {
 	}
 	c.spec.Layers = nil
 	c.batch.cache = c
+	c.armed = newArmer(c)
 	for i := range c.layers {
 		c.byModel[c.layers[i].model] = i
 	}
@@ -114,16 +118,30 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.declare(step)
+}
+
+// declare makes a step the current one.
+func (c *cache) declare(step *kv.Step) error {
+	if c.armed.forgetting {
+		for i := range c.layers {
+			c.tracker.Invalidate(i)
+		}
+	}
 	if err := c.tracker.Step(step); err != nil {
 		return err
 	}
+	c.armed.forgetting, c.armed.shadow.known = false, false
 	c.stepped = true
 	c.batch.note(step)
 	return nil
 }
 
 func (c *cache) usable(ctx context.Context) error {
-	if c.closed {
+	if c.closed || c.closing {
 		return errClosed
 	}
 	return ctx.Err()
@@ -136,6 +154,9 @@ func (c *cache) Index(ctx context.Context) (kv.IndexStats, error) {
 	defer c.lease.mu.Unlock()
 	var stats kv.IndexStats
 	if err := c.usable(ctx); err != nil {
+		return stats, err
+	}
+	if err := c.armed.idle(); err != nil {
 		return stats, err
 	}
 	if !c.stepped {
@@ -168,6 +189,9 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	if !ok {
 		return fault.Newf(fault.NotFound, "layer", "the cache has no layer %d: name one of its own", req.Layer)
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
 	if !c.stepped {
 		return errNoStep
 	}
@@ -182,15 +206,8 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	return nil
 }
 
-// Arm implements gpu.Cache. Info declares no armed steps.
-func (c *cache) Arm(context.Context, *gpu.ArmedStep) error {
-	return fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: run layers one by one", c.lease.device.uuid)
-}
-
-// CancelArmed implements gpu.Cache.
-func (c *cache) CancelArmed(uint32) {}
-
 func (c *cache) Close() error {
+	c.armed.close()
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	return c.close()
@@ -203,7 +220,9 @@ func (c *cache) close() error {
 	}
 	c.closed = true
 	delete(c.lease.caches, c)
-	err := c.lease.device.owner.do(context.Background(), c.release)
+	err := c.lease.device.owner.do(context.Background(), func() error {
+		return errors.Join(c.armed.release(), c.release())
+	})
 	c.lease.device.give(c.lease, c.charged)
 	return explain(err)
 }
@@ -237,15 +256,15 @@ func (c *cache) pending(i int) (t training) {
 type batch struct {
 	cache *cache
 
-	columns       buffer // lengths, first, bad: [3][B]
-	tables        buffer // [rows][stride], and V's behind it if they differ
-	chunkIDs      buffer // [rows][chunkStride], where they do not follow from pages
-	rows, stride  int    // of tables
-	chunkStride   int
-	valuesDiffer  bool
-	current       bool     // the device has all of it
-	placed        []placed // by row
-	longest, most int      // tokens, pages
+	columns      buffer // lengths, first, bad: [3][B]
+	tables       buffer // [rows][stride], and V's behind it if they differ
+	chunkIDs     buffer // [rows][chunkStride], where they do not follow from pages
+	rows, stride int    // of tables
+	chunkStride  int
+	valuesDiffer bool
+	current      bool     // the device has all of it
+	placed       []placed // by row
+	longest      int      // tokens
 }
 
 // placed says what a row of tables holds: the first n entries of a sequence's table.
@@ -276,36 +295,55 @@ func (t *batch) note(s *kv.Step) {
 	t.current = false
 }
 
+// fit sees that there is room for the current step, on the owner's thread.
+func (t *batch) fit() error {
+	rows := t.cache.tracker.Rows()
+	differ, most := false, 1
+	t.longest = 1
+	for _, row := range rows {
+		t.longest = max(t.longest, row.Len)
+		most = max(most, len(row.Table))
+		differ = differ || unsafe.SliceData(row.Table) != unsafe.SliceData(row.VTable)
+	}
+	t.chunkStride = bucket(ceilDiv(t.longest, kv.ChunkTokens))
+	return t.grow(len(rows), most, differ)
+}
+
+// grow makes room for so many rows of so many pages each.
+func (t *batch) grow(rows, pages int, differ bool) error {
+	if pages <= t.stride && rows <= t.rows && (t.valuesDiffer || !differ) {
+		return nil
+	}
+	t.rows, t.stride = max(t.rows, ceilPower(rows)), max(t.stride, ceilPower(pages))
+	t.valuesDiffer = t.valuesDiffer || differ
+	size := t.rows * t.stride * 4
+	if t.valuesDiffer {
+		size *= 2
+	}
+	t.misplace()
+	if err := t.tables.reserve(size); err != nil {
+		t.rows, t.stride = 0, 0
+		return err
+	}
+	return nil
+}
+
+// misplace says that tables hold nothing of the rows'.
+func (t *batch) misplace() {
+	for b := range t.placed {
+		t.placed[b].n = 0
+	}
+}
+
 // put brings the device up to date, on the owner's thread.
 func (t *batch) put() error {
 	if t.current {
 		return nil
 	}
 	l, rows := t.cache.lease, t.cache.tracker.Rows()
-	differ := false
-	t.longest, t.most = 1, 1
-	for _, row := range rows {
-		t.longest = max(t.longest, row.Len)
-		t.most = max(t.most, len(row.Table))
-		differ = differ || unsafe.SliceData(row.Table) != unsafe.SliceData(row.VTable)
+	if err := t.fit(); err != nil {
+		return err
 	}
-	if t.most > t.stride || len(rows) > t.rows || differ && !t.valuesDiffer {
-		t.rows, t.stride = max(t.rows, ceilPower(len(rows))), max(t.stride, ceilPower(t.most))
-		t.valuesDiffer = t.valuesDiffer || differ
-		size := t.rows * t.stride * 4
-		if t.valuesDiffer {
-			size *= 2
-		}
-		if err := t.tables.reserve(size); err != nil {
-			t.rows, t.stride = 0, 0
-			return err
-		}
-		for b := range t.placed {
-			t.placed[b].n = 0
-		}
-	}
-	t.chunkStride = (t.longest + kv.ChunkTokens - 1) / kv.ChunkTokens
-
 	ids := t.cache.spec.PageSize%kv.ChunkTokens != 0
 	var space carver
 	columns := space.take(3 * len(rows) * 4)
@@ -386,6 +424,12 @@ func (t *batch) fill(d *kernels.Layer) {
 
 func (t *batch) free() error {
 	return errors.Join(t.columns.free(), t.tables.free(), t.chunkIDs.free())
+}
+
+// bucket rounds a size up, by an eighth at most, so that what depends on it holds for many steps.
+func bucket(n int) int {
+	step := max(1, ceilPower(n)/16)
+	return ceilDiv(n, step) * step
 }
 
 func ceilPower(n int) int { return 1 << bits.Len(uint(max(n, 1)-1)) }

@@ -29,6 +29,7 @@ cuda-toolchain: ## Make nvcc, headers and a libcuda to link against in CUDA_TOOL
 kernels: cuda-toolchain ## Compile the CUDA kernels to the fatbins that are embedded
 	$(call COMPILE,chain,$(CUDA_ARCHS),$(CUDA_PTX))
 	$(call COMPILE,dense,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,armed,$(CUDA_ARCHS),$(CUDA_PTX))
 	$(call COMPILE,fused,$(CUDA_CLUSTER_ARCHS),$(CUDA_CLUSTER_PTX))
 	$(call COMPILE,bench,$(CUDA_ARCHS),$(CUDA_PTX))
 	@$(KERNEL_SUM) >$(KERNELS)/sources.sha256
@@ -41,7 +42,7 @@ check-kernels: ## Fail unless the embedded kernels were made of these sources an
 # One target, of which the compiler's report tells registers and spills.
 .PHONY: try-kernels
 try-kernels: cuda-toolchain ## Compile the CUDA kernels for one architecture, and throw the result away
-	$(CUDA_ENV) for kernel in chain dense fused bench; do \
+	$(CUDA_ENV) for kernel in chain dense fused armed bench; do \
 		nvcc $(NVCC_FLAGS) -Xptxas -warn-spills $(call GENCODE,90a,) -o /dev/null $(KERNELS)/$$kernel.cu; \
 	done
 

@@ -35,6 +35,9 @@ type Options struct {
 	// FusedFrom is the length in tokens from which a batch runs in the fused kernel, where one serves it;
 	// 2048. Negative: never. That kernel does not estimate mass and coverage.
 	FusedFrom int
+	// Stuck is told of work on the GPU that can neither end nor be ended: only the end of the process
+	// helps. nil: it panics.
+	Stuck func(what string)
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
 }
@@ -47,6 +50,7 @@ type Device struct {
 	name    string
 	sms     int
 	owner   *owner
+	streams streams
 	kernels *kernels.Kernels
 
 	mu          sync.Mutex
@@ -84,8 +88,10 @@ func New(o Options) (*Device, error) {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
-		d.kernels, err = kernels.Load(device)
-		return err
+		if d.kernels, err = kernels.Load(device); err != nil {
+			return err
+		}
+		return d.streams.make()
 	})
 	if err != nil {
 		d.owner.close()
@@ -141,7 +147,9 @@ func (d *Device) Info() gpu.Info {
 		Pruners:          []string{"none", "top_p"},
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
-		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
+		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric, gpu.SharedMemory},
+		ArmedSteps:       true,
+		DeviceBatch:      true,
 	}
 }
 
@@ -221,6 +229,14 @@ func (d *Device) Close() error {
 	for _, l := range leases {
 		errs = append(errs, l.Close())
 	}
+	errs = append(errs, d.owner.do(context.Background(), d.streams.destroy))
 	d.owner.close()
 	return errors.Join(errs...)
+}
+
+func (d *Device) stuck(what string) {
+	if d.options.Stuck == nil {
+		panic("the GPU does not get through " + what)
+	}
+	d.options.Stuck(what)
 }

@@ -4,6 +4,7 @@ package cuda
 
 import (
 	"context"
+	"os"
 	"runtime"
 	"sync"
 
@@ -27,6 +28,14 @@ type call struct {
 
 // newOwner starts the thread with the device's primary context current.
 func newOwner(device cu.Device) (*owner, error) {
+	// Streams that wait for words keep the few channels that a process has, above all under MPS. It is read
+	// when the context is made.
+	const connections = "CUDA_DEVICE_MAX_CONNECTIONS"
+	if os.Getenv(connections) == "" {
+		if err := os.Setenv(connections, "32"); err != nil {
+			return nil, err
+		}
+	}
 	o := &owner{calls: make(chan *call), ended: make(chan struct{})}
 	o.pool.New = func() any { return &call{done: make(chan error, 1)} }
 	started := make(chan error)

@@ -36,6 +36,7 @@ type layerCall struct {
 	query tensor
 
 	training  training
+	captured  bool // launches become a graph
 	indexed   bool // the shadow is up to date
 	fused     bool // run by the fused kernel
 	plan      fusedPlan
@@ -178,7 +179,7 @@ func (c *cache) prepare(i int) error {
 		}
 		a.sparse = true
 		keep, all := l.method.chunks(row, c.budget(b))
-		a.keepMost = max(a.keepMost, keep, l.method.pins(all))
+		a.keepMost = max(a.keepMost, bucket(max(keep, l.method.pins(all))))
 	}
 	a.copyLists *= g.QueryHeads / l.asking()
 	return nil
@@ -217,36 +218,46 @@ func (c *cache) prepareOutput() error {
 
 // prepareLists finds the buffer that lists go to, if one was given.
 func (c *cache) prepareLists() error {
-	l, a := c.lease, &c.call
-	buffer := a.req.ListBuffer
-	if buffer == nil {
+	a := &c.call
+	if a.req.ListBuffer == nil {
 		return nil
 	}
+	lists, err := c.lease.locateLists(a.req.ListBuffer, int(a.desc.Rows))
+	a.desc.OutLists, a.desc.OutCounts, a.desc.OutCapacity = lists.lists, lists.counts, int32(a.req.ListBuffer.Capacity)
+	return err
+}
+
+// lentLists is where lists go.
+type lentLists struct {
+	lists, counts drv.Ptr
+	extents       [2]extent
+}
+
+// locateLists checks a buffer for the lists of so many rows.
+func (l *lease) locateLists(buffer *gpu.ListBuffer, rows int) (at lentLists, err error) {
 	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
-		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
+		return at, fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
 	}
 	const entry = 4
-	size := uint64(a.desc.Rows) * entry
-	for _, p := range []struct {
+	size := uint64(rows) * entry
+	for i, p := range []struct {
 		at   gpu.Span
 		size uint64
 		name string
-		to   *uint64
+		to   *drv.Ptr
 	}{
-		{buffer.Lists, size * uint64(buffer.Capacity), "list_buffer.lists", &a.desc.OutLists},
-		{buffer.Counts, size, "list_buffer.counts", &a.desc.OutCounts},
+		{buffer.Lists, size * uint64(buffer.Capacity), "list_buffer.lists", &at.lists},
+		{buffer.Counts, size, "list_buffer.counts", &at.counts},
 	} {
-		e, at, err := l.locate(p.at.Memory, p.at.Offset, p.size, entry, p.name)
-		if err != nil {
-			return err
+		e := &at.extents[i]
+		if *e, *p.to, err = l.locate(p.at.Memory, p.at.Offset, p.size, entry, p.name); err != nil {
+			return at, err
 		}
-		if err := l.writable(e); err != nil {
-			return err
+		if err := l.writable(*e); err != nil {
+			return at, err
 		}
-		*p.to = at
 	}
-	a.desc.OutCapacity = int32(buffer.Capacity)
-	return nil
+	return at, nil
 }
 
 // execute copies in, launches, and copies out.
@@ -281,8 +292,25 @@ func (c *cache) tensorCores() bool {
 // attendBlocks is how many blocks of the attention kernels a multiprocessor runs at once.
 const attendBlocks = 4
 
-// reserve lays out the call's memory and sees that there is as much.
+// reserve sees that there is the memory that the call needs.
 func (c *cache) reserve() error {
+	l, a := c.lease, &c.call
+	resultBytes, scratchBytes := c.layout()
+	if a.req.Lists && a.req.ListBuffer == nil && a.req.Query != nil {
+		a.desc.OutLists = uint64(scratchBytes)
+		a.scratch = append(a.scratch, &a.desc.OutLists)
+		scratchBytes += 4 * a.copyLists
+	}
+	err := errors.Join(l.results.reserve(resultBytes), l.scratch.reserve(scratchBytes), l.back.reserve(resultBytes))
+	if err != nil {
+		return err
+	}
+	a.bind(l.results.ptr, l.scratch.ptr)
+	return zero(l.results.ptr, resultBytes, l.stream)
+}
+
+// layout says where in results and scratch the call has what, and how much it takes of them.
+func (c *cache) layout() (resultBytes, scratchBytes int) {
 	l, a := c.lease, &c.call
 	g, d := &l.geometry, &a.desc
 	batch, rows, asking := int(d.Batch), int(d.Rows), int(d.Asking)
@@ -296,9 +324,10 @@ func (c *cache) reserve() error {
 		drifted: results.take(4),
 	}
 	a.back.end = results.used
-	results.take(4 * len(c.work)) // drift, work by work, stays behind
+	results.take(4 * int(d.Works)) // drift, work by work, stays behind
 
 	d.FusedOwn, d.FusedCap, d.CandidateStride = int32(a.plan.room), int32(a.plan.capacity), int32(a.keepMost)
+	d.ListsOnly = 0
 	if a.req.ListsOnly {
 		d.ListsOnly = 1
 	}
@@ -309,7 +338,6 @@ func (c *cache) reserve() error {
 		a.scratch = append(a.scratch, to)
 	}
 	tokens, chunks := a.keepMost*kv.ChunkTokens, int(d.ChunkStride)
-	inlineLists := a.req.Lists && a.req.ListBuffer == nil
 	switch {
 	case a.req.Query == nil:
 	case a.fused:
@@ -331,32 +359,27 @@ func (c *cache) reserve() error {
 			place(&d.Cuts, rows*asking*kernels.CutBytes)
 			place(&d.Lists, rows*tokens*4)
 		}
-		// As many blocks as run at once, each with work enough to be worth it.
-		const leastTokens = 64
-		fill := l.device.sms * attendBlocks / max(rows, 1)
-		d.Splits = int32(max(1, min(fill, ceilDiv(c.batch.longest, leastTokens))))
+		// As many blocks as run at once. A row takes fewer if there is not work enough.
+		d.Splits = int32(max(1, l.device.sms*attendBlocks/max(rows, 1)))
 		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
 	}
-	if inlineLists && a.req.Query != nil {
-		place(&d.OutLists, 4*a.copyLists)
-	}
-	err := errors.Join(l.results.reserve(results.used), l.scratch.reserve(scratch.used), l.back.reserve(results.used))
-	if err != nil {
-		return err
-	}
+	return results.used, scratch.used
+}
+
+// bind makes what layout placed addresses.
+func (a *layerCall) bind(results, scratch drv.Ptr) {
+	d := &a.desc
 	for _, to := range a.scratch {
-		*to += l.scratch.ptr
+		*to += scratch
 	}
-	at := l.results.ptr
-	d.BadQuery, d.Flags, d.Kept = at+uint64(a.back.badQuery), at+uint64(a.back.flags), at+uint64(a.back.kept)
-	d.CandidateTokens = at + uint64(a.back.candidates)
-	d.Mass, d.Coverage = at+uint64(a.back.mass), at+uint64(a.back.coverage)
-	d.Drifted = at + uint64(a.back.drifted)
-	d.DriftFlags = at + uint64(a.back.end)
+	d.BadQuery, d.Flags, d.Kept = results+uint64(a.back.badQuery), results+uint64(a.back.flags), results+uint64(a.back.kept)
+	d.CandidateTokens = results + uint64(a.back.candidates)
+	d.Mass, d.Coverage = results+uint64(a.back.mass), results+uint64(a.back.coverage)
+	d.Drifted = results + uint64(a.back.drifted)
+	d.DriftFlags = results + uint64(a.back.end)
 	if a.outBytes > 0 {
-		d.Output = at + uint64(a.back.output)
+		d.Output = results + uint64(a.back.output)
 	}
-	return zero(at, results.used, l.stream)
 }
 
 // sendInputs copies the description and what hangs on it to the device.
@@ -392,13 +415,18 @@ func (c *cache) sendInputs() error {
 		keep, _ := l.method.chunks(&a.rows[b], c.budget(b))
 		binary.NativeEndian.PutUint32(out[at[2]+4*b:], uint32(keep))
 	}
-	works := int32s(out[at[3]:][:16*len(c.work)])
-	for i, w := range c.work {
+	putWorks(out[at[3]:], c.work)
+	*(*kernels.Layer)(l.block.Pointer()) = *d
+	return upload(base, out[:inputs.used], l.stream)
+}
+
+// putWorks writes what is to be indexed.
+func putWorks(out []byte, work []kv.ChunkWork) {
+	works := int32s(out[:16*len(work)])
+	for i, w := range work {
 		works[4*i], works[4*i+1], works[4*i+2] = int32(w.Row), int32(w.Chunk), w.ID
 		works[4*i+3] = int32(uint32(w.Valid) | uint32(w.Fresh)<<16)
 	}
-	*(*kernels.Layer)(l.block.Pointer()) = *d
-	return upload(base, out[:inputs.used], l.stream)
 }
 
 // launch runs the kernels of a layer.
@@ -412,7 +440,7 @@ func (c *cache) launch(i int) error {
 		}
 	}
 	mark := func(stage int) {
-		if err == nil {
+		if err == nil && !a.captured {
 			err = drv.Wrap("cuEventRecord", l.events[stage].Record(l.stream))
 		}
 	}
@@ -427,7 +455,7 @@ func (c *cache) launch(i int) error {
 		run(k.train, int(d.KVHeads), 1)
 	}
 	const warps = 4
-	run(k.index, ceilDiv(len(c.work)*int(d.KVHeads), warps), 1)
+	run(k.index, ceilDiv(int(d.Works)*int(d.KVHeads), warps), 1)
 	mark(stageSelect)
 	if err == nil {
 		c.batch.current = true
@@ -493,8 +521,8 @@ func (c *cache) launch(i int) error {
 func (c *cache) collect(i int) error {
 	l, a := c.lease, &c.call
 	data, res := l.back.data, a.res
-	for _, w := range c.work {
-		res.Index.TokensIndexed += uint64(bits.OnesCount16(w.Fresh))
+	for i := range c.work {
+		res.Index.TokensIndexed += tokensOf(&c.work[i])
 	}
 	res.Index.TokensClaimed = c.tracker.Claimed(i)
 	res.Index.ChunksDrifted = uint64(binary.NativeEndian.Uint32(data[a.back.drifted:]))
@@ -511,17 +539,34 @@ func (c *cache) collect(i int) error {
 		return c.badQuery(^bad)
 	}
 
-	g := &l.geometry
-	if a.fused {
-		for i := range len(a.rows) * g.KVHeads {
-			if binary.NativeEndian.Uint32(data[a.back.flags+4*i:])&kernels.FlagRetry != 0 {
-				return errRetry
-			}
+	if a.fused && a.retries(data, l.geometry.KVHeads) {
+		return errRetry
+	}
+	total := a.collectRows(l, data)
+	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
+	if a.req.Lists && a.req.ListBuffer == nil {
+		return c.fetchLists(total)
+	}
+	return nil
+}
+
+// retries tells whether the fused kernel gave up on a row.
+func (a *layerCall) retries(data []byte, heads int) bool {
+	for i := range len(a.rows) * heads {
+		if binary.NativeEndian.Uint32(data[a.back.flags+4*i:])&kernels.FlagRetry != 0 {
+			return true
 		}
 	}
+	return false
+}
+
+// collectRows turns what kernels found out into columns of the answer, and returns how many tokens lists
+// have together.
+func (a *layerCall) collectRows(l *lease, data []byte) (total int) {
+	g, res := &l.geometry, a.res
 	asking, perKV := int(a.desc.Asking), g.Group()/int(a.desc.Asking)
 	at := func(column, r int) uint32 { return binary.NativeEndian.Uint32(data[column+4*r:]) }
-	total, known, covered, unknown := 0, false, false, float32(math.NaN())
+	known, covered, unknown := false, false, float32(math.NaN())
 	for r := range int(a.desc.Rows) {
 		b := r * asking / g.QueryHeads
 		row := &a.rows[b]
@@ -568,11 +613,7 @@ func (c *cache) collect(i int) error {
 	if !covered {
 		res.Coverage = res.Coverage[:0]
 	}
-	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
-	if a.req.Lists && a.req.ListBuffer == nil {
-		return c.fetchLists(total)
-	}
-	return nil
+	return total
 }
 
 // fetchLists copies the lists, which lie one behind another.

@@ -46,25 +46,54 @@ extern "C" __global__ void twilight_train(const __grid_constant__ Layer l, uint6
 	}
 }
 
+// Begins an armed layer, and tells whether it is to run. For a warp of its first kernel.
+__device__ __forceinline__ bool begin(const Layer &l)
+{
+	const volatile u32 *gate = l.gate;
+	u32 go = *reinterpret_cast<volatile u32 *>(l.go);
+	bool stop = go != kGo || l.plan[2] || int32_t(gate[0] - gate[1]) <= 0;
+	stop = __any_sync(kAll, stop);
+	if (stop && threadIdx.x % 32 == 0) {
+		*reinterpret_cast<volatile u32 *>(l.run) = 0;
+		if (go == kGo)
+			park(l);
+	}
+	if (!stop && blockIdx.x == 0 && threadIdx.x == 0) {
+		reinterpret_cast<volatile u32 *>(l.news)[kNewsLayer] = l.order;
+		if (*reinterpret_cast<const volatile u32 *>(l.status))
+			park(l); // the engine gave it up
+	}
+	return !stop;
+}
+
 // Indexes the layer's work: a warp a (chunk, KV head).
 extern "C" __global__ void __launch_bounds__(128) twilight_index(const __grid_constant__ Layer l)
 {
 	extern __shared__ uint8_t codes[];
-	int warp = threadIdx.x / 32;
-	int64_t i = int64_t(blockIdx.x) * 4 + warp;
-	if (i >= int64_t(l.works) * l.kv_heads)
+	int warp = threadIdx.x / 32, first = 0, works = l.works;
+	if (l.plan) {
+		first = l.plan[0];
+		works = l.plan[1];
+	}
+	if (l.go && !begin(l))
 		return;
-	int work = int(i / l.kv_heads), head = int(i % l.kv_heads);
 	uint8_t *mine = codes + warp * kChunk * l.k_dim;
-	switch (l.cache_dtype) {
-	case F32:
-		return index_chunk<F32>(l, work, head, mine);
-	case F16:
-		return index_chunk<F16>(l, work, head, mine);
-	case BF16:
-		return index_chunk<BF16>(l, work, head, mine);
-	default:
-		return index_chunk<F8E4M3>(l, work, head, mine);
+	for (int64_t i = int64_t(blockIdx.x) * 4 + warp; i < int64_t(works) * l.kv_heads; i += int64_t(gridDim.x) * 4) {
+		int work = int(i / l.kv_heads), head = int(i % l.kv_heads);
+		const int32_t *w = l.work + 4 * int64_t(first + work);
+		switch (l.cache_dtype) {
+		case F32:
+			index_chunk<F32>(l, w, work, head, mine);
+			break;
+		case F16:
+			index_chunk<F16>(l, w, work, head, mine);
+			break;
+		case BF16:
+			index_chunk<BF16>(l, w, work, head, mine);
+			break;
+		default:
+			index_chunk<F8E4M3>(l, w, work, head, mine);
+		}
 	}
 }
 
@@ -78,6 +107,8 @@ __device__ __forceinline__ void split(float x, __half &high, __half &low)
 // Scales queries and lays them out for the tensor cores: a warp a query head.
 extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
 	if (i >= l.batch * l.query_heads)
 		return;
@@ -94,9 +125,11 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 	float most = 0, constant = 0, sum = 0;
 	for (int d = lane; d < dims; d += 32) {
 		float stored = read1(query + d * element_size(l.query_dtype), l.query_dtype);
-		if (!isfinite(stored * l.query_scale))
+		if (!isfinite(stored * l.query_scale)) {
 			atomicMax(reinterpret_cast<u64 *>(l.bad_query),
 				  ~((u64(i) * dims + d) << 32 | __float_as_uint(stored * l.query_scale)));
+			park(l);
+		}
 		float x = stored * factor;
 		q[d] = x;
 		float equal = l.estimates == kEstimateInt4 ? x * channel_scale(l, kv_head, d) : x;
@@ -141,6 +174,8 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 // Quest's bounds, summed over the heads that ask: a warp for 16 chunks of a list row.
 extern "C" __global__ void twilight_scores(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -210,6 +245,8 @@ extern "C" __global__ void twilight_scores(const __grid_constant__ Layer l)
 // The best chunks of a list row, ascending, ties going to the lower chunk: a block a row.
 extern "C" __global__ void twilight_select(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	int row = blockIdx.x, tid = threadIdx.x;
 	RowIndex r = row_index(l, row);
@@ -262,6 +299,8 @@ __device__ __forceinline__ u32 halves(u32 codes)
 // INT4 estimates of the candidates' logits: a warp a chunk at a time.
 extern "C" __global__ void twilight_estimate(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -316,6 +355,8 @@ extern "C" __global__ void twilight_estimate(const __grid_constant__ Layer l)
 template <int T>
 __device__ void exact(const Layer &l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -427,6 +468,8 @@ __device__ double outside(const Layer &l, RowIndex r, int row, int head, float t
 // and the last candidate kept that has just it.
 extern "C" __global__ void twilight_cut(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	constexpr int kBins = 2048;
 	__shared__ u64 histogram[kBins];
 	__shared__ u64 scan[32];
@@ -527,6 +570,8 @@ extern "C" __global__ void twilight_cut(const __grid_constant__ Layer l)
 // The union of what the asking heads keep, ascending: a block a list row.
 extern "C" __global__ void twilight_compact(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	__shared__ u64 kept_weight[16];
 	int row = blockIdx.x, tid = threadIdx.x;
@@ -582,6 +627,8 @@ extern "C" __global__ void twilight_compact(const __grid_constant__ Layer l)
 template <int T, int N>
 __device__ void attend(const Layer &l)
 {
+	if (idle(l))
+		return;
 	using E = typename Element<T>::Type;
 	constexpr int kWarps = 4, kBatch = N <= 4 ? 4 : 2;
 	extern __shared__ float shared[];
@@ -615,7 +662,9 @@ __device__ void attend(const Layer &l)
 			out[h][k] = 0;
 	}
 	float k_scale = l.k.scales[r.kv_head];
-	int per = (total + l.splits - 1) / l.splits, begin = min(part * per, total), end = min(begin + per, total);
+	int per = part_size(l, total), begin = part * per, end = min(begin + per, total);
+	if (begin >= total)
+		return;
 	for (int base = begin + warp * groups * kBatch; base < end; base += kWarps * groups * kBatch) {
 		float key[kBatch][8] = {}, value[kBatch][8] = {};
 		bool here[kBatch];
@@ -735,6 +784,8 @@ extern "C" __global__ void __launch_bounds__(128) twilight_attend16(const __grid
 // Sums the parts of a query head's attention, its sink's weight included, and writes its output.
 extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int b = blockIdx.x / l.query_heads, head = blockIdx.x % l.query_heads;
 	int row = blockIdx.x / l.asking, asking = blockIdx.x % l.asking, stride = l.v_dim + 2;
 	uint8_t *out = l.output + b * l.output_row + head * l.output_head;
@@ -744,19 +795,23 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 			write1(out + d * size, 0, l.output_dtype);
 		return;
 	}
+	RowIndex r = row_index(l, row);
+	bool dense = path_of(l, b) == kDense || not_finite(l, r);
+	int total = dense ? l.lengths[b] - l.first[b] : l.kept[row];
+	int splits = (total + part_size(l, total) - 1) / part_size(l, total);
 	const float *parts = l.partial + (int64_t(row) * l.splits * l.asking + asking) * stride;
 	int64_t step = int64_t(l.asking) * stride;
 	float top = l.sinks ? l.sinks[head] : -kInfinity;
-	for (int s = 0; s < l.splits; s++)
+	for (int s = 0; s < splits; s++)
 		top = parts[s * step] != parts[s * step] ? parts[s * step] : fmaxf(top, parts[s * step]);
 	float sum = l.sinks ? __expf(l.sinks[head] - top) : 0;
-	for (int s = 0; s < l.splits; s++)
+	for (int s = 0; s < splits; s++)
 		if (parts[s * step] != -kInfinity)
 			sum += parts[s * step + 1] * __expf(parts[s * step] - top);
 	float scale = l.v.scales[head / (l.query_heads / l.kv_heads)] / sum;
 	for (int d = threadIdx.x; d < l.v_dim; d += blockDim.x) {
 		float x = 0;
-		for (int s = 0; s < l.splits; s++)
+		for (int s = 0; s < splits; s++)
 			if (parts[s * step] != -kInfinity)
 				x += parts[s * step + 2 + d] * __expf(parts[s * step] - top);
 		write1(out + d * size, x * scale, l.output_dtype);
@@ -766,6 +821,8 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 // Makes lists of what the fused kernel kept, a bit a token: a block a list row.
 extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	int row = blockIdx.x, tid = threadIdx.x, written = 0;
 	RowIndex r = row_index(l, row);
@@ -787,6 +844,8 @@ extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 // behind another. A block a list row.
 extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ u64 scan[32];
 	int row = blockIdx.x;
 	auto length = [&](int r) {
@@ -817,5 +876,5 @@ extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 // Offsets by which the host checks its idea of Layer.
 extern "C" __device__ const uint32_t twilight_layout[] = {
 	sizeof(Layer), offsetof(Layer, lengths), offsetof(Layer, queries), offsetof(Layer, int4), offsetof(Layer, q),
-	offsetof(Layer, lists), offsetof(Layer, batch), offsetof(Layer, softmax_scale), sizeof(CutResult),
+	offsetof(Layer, lists), offsetof(Layer, go), offsetof(Layer, batch), offsetof(Layer, softmax_scale), sizeof(CutResult),
 };

@@ -9,6 +9,8 @@ constexpr float kNone = -1e30f; // below all logits
 template <int T, int D, int N>
 __device__ __forceinline__ void dense(const Layer &l)
 {
+	if (idle(l))
+		return;
 	extern __shared__ __align__(128) uint8_t memory[];
 	__shared__ Queries<D, N> q;
 	constexpr int W = kDenseThreads / 32, kPart = D + 2;
@@ -20,6 +22,9 @@ __device__ __forceinline__ void dense(const Layer &l)
 		return;
 	const bool all = path == kDense || not_finite(l, r);
 	const int from = l.first[r.sequence], total = all ? l.lengths[r.sequence] - from : l.kept[row];
+	const int per = part_size(l, total), begin = part * per, end = min(begin + per, total);
+	if (begin >= total)
+		return;
 	const int32_t *list = l.lists + int64_t(row) * l.candidate_stride * kChunk;
 	read_queries(l, r, q);
 	__syncthreads();
@@ -39,7 +44,6 @@ __device__ __forceinline__ void dense(const Layer &l)
 #pragma unroll
 	for (int j = 0; j < N; j++)
 		attention.steady[j] = kNone; // the first logits raise it
-	int per = ((total + l.splits - 1) / l.splits + 15) / 16 * 16, begin = min(part * per, total), end = min(begin + per, total);
 	for (int base = begin + warp * 16; base < end; base += W * 16)
 		attention.tile(l, r, q, [&](int k) {
 			int i = min(base + k, end - 1);

@@ -52,6 +52,8 @@ type Layer struct {
 	OutLists, OutCounts          uint64
 	KeptMasks                    uint64
 
+	Go, Run, Plan, Gate, Status, News uint64
+
 	Batch, QueryHeads, KVHeads, Asking, Rows  int32
 	KDim, VDim                                int32
 	PageSize, NumPages, NullPage, Chunks      int32
@@ -65,6 +67,7 @@ type Layer struct {
 	ListsOnly                                 int32
 	PinFirst, PinCurrent, OverAll             int32
 	Selects, Estimates, Prunes                int32
+	Order                                     int32
 	SoftmaxScale, Softcap, QueryScale         float32
 }
 
@@ -101,6 +104,7 @@ var layout = []uint32{
 	uint32(unsafe.Offsetof(Layer{}.Int4)),
 	uint32(unsafe.Offsetof(Layer{}.Q)),
 	uint32(unsafe.Offsetof(Layer{}.Lists)),
+	uint32(unsafe.Offsetof(Layer{}.Go)),
 	uint32(unsafe.Offsetof(Layer{}.Batch)),
 	uint32(unsafe.Offsetof(Layer{}.SoftmaxScale)),
 	CutBytes,
