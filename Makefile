@@ -29,7 +29,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUF_VERSION := v1.75.0
 GOLANGCI_LINT_VERSION := v2.15.0
-JAEGER_VERSION := v1.76.0
+PHOENIX_VERSION := 20.26.1
+UV_VERSION := 0.13.9
 PLAYWRIGHT_VERSION := 1.65.1
 GRPCURL_VERSION := v1.9.4
 PROTOC_GEN_GO_VERSION := v1.36.12
@@ -53,15 +54,24 @@ CALIBRATION ?= smollm2-calibration.safetensors
 LAYERS ?= 2,9,17,25
 
 .PHONY: methods
-methods: ## Compare all methods into docs/methods.md (CAPTURE=FILE CALIBRATION=FILE)
+methods: ## Compare all methods into docs/methods.md and .svg (CAPTURE=FILE CALIBRATION=FILE)
 	@mkdir -p $(TMP)
-	$(GO) run ./cmd/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
-		--configs 'benchmark/configs/*.json' --token-budget 1024 --markdown >$(TMP)/methods
-	@{ printf '# Every method, by one measure\n\n%s\n%s\n%s\n%s\n\n' \
-		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), selectors with' \
-		'a budget at 1024 candidates, calibrated on another text. Coverage and mass are the true shares of attention' \
-		'that candidates and kept tokens hold, head error the mean relative error of the outputs of single heads. Made' \
-		'by `make methods`.'; cat $(TMP)/methods; } >docs/methods.md
+	$(GO) build -o $(TMP)/twilight ./cmd/twilight
+	@compare() { $(TMP)/twilight compare --capture $(CAPTURE) --calibration $(CALIBRATION) --layers $(LAYERS) \
+		--configs 'benchmark/configs/*.json' "$$@"; }; \
+	set -x; compare --token-budget 256,512,1024,2048 --out $(TMP)/methods >/dev/null; \
+	compare --token-budget 1024 --markdown >$(TMP)/methods/table
+	@cp $(TMP)/methods/compare.svg docs/methods.svg
+	@{ printf '%s\n' '# Every method, by one measure' '' \
+		'All configs of `benchmark/configs` over real attention ($(notdir $(CAPTURE)), layers $(LAYERS)), calibrated on' \
+		'another text. Made by `make methods`.' '' \
+		'![Head error and worst mass of each method by the tokens it keeps](methods.svg)' '' \
+		'A curve is a method with 256, 512, 1024 and 2048 candidates, all of them kept; points are the same candidates,' \
+		'pruned. Head error is the mean relative error of the outputs of single heads, worst mass the true share of' \
+		'attention that the kept tokens of the worst (layer, step, head) hold.' '' \
+		'With 1024 candidates, where a method has a budget of them; coverage is the true share of attention that' \
+		'candidates hold, mass that of kept tokens, error that of all outputs together. Bytes are what a KV head of a' \
+		'layer reads in a step, of cache and shadow.' ''; cat $(TMP)/methods/table; } >docs/methods.md
 
 .PHONY: test
 test: ## Run every test
@@ -146,16 +156,22 @@ E2E_CONFIG := telemetry/e2e/config.json
 e2e-commands:
 	@CGO_ENABLED=0 $(GO) build -o $(E2E)/ ./cmd/twilightd ./cmd/twilight
 
-.PHONY: page-e2e
-page-e2e: e2e-commands ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+# The browser's driver, beside the scripts that need it.
+.PHONY: e2e-driver
+e2e-driver: e2e-commands
 	@npm install --prefix $(E2E) --no-save --ignore-scripts --no-audit --no-fund --no-update-notifier --loglevel error \
 		playwright-core@$(PLAYWRIGHT_VERSION)
-	@cp telemetry/e2e/page.mjs $(E2E)/
-	node $(E2E)/page.mjs $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG) docs/budgets.png
+	@cp telemetry/e2e/*.mjs $(E2E)/
+
+E2E_ARGS := $(E2E) testdata/smollm2-demo.safetensors $(E2E_CONFIG)
+
+.PHONY: page-e2e
+page-e2e: e2e-driver ## Drive the budget page with a real browser (needs npm, and Chromium: CHROMIUM=PATH); makes docs/budgets.png
+	node $(E2E)/page.mjs $(E2E_ARGS) docs/budgets.png
 
 .PHONY: trace-e2e
-trace-e2e: e2e-commands $(BIN)/jaeger ## Find per-head budgets of a real capture in Jaeger, under the engine's own trace
-	BIN=$(E2E) ROOT=$(CURDIR) JAEGER=$(abspath $(BIN))/jaeger $(GO) test -tags e2e -count 1 -v ./telemetry/e2e
+trace-e2e: e2e-driver $(TMP)/phoenix/bin/phoenix ## Find per-head budgets of a real capture in Phoenix, under the engine's own trace; makes docs/trace.png
+	node $(E2E)/trace.mjs $(E2E_ARGS) $(abspath $(TMP)/phoenix/bin/phoenix) docs/trace.png
 
 .PHONY: ci
 ci: ## Run all that a change must pass
@@ -202,9 +218,9 @@ $(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSI
 	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
 	@touch $@
 
-# In a module of its own: its hundreds of requirements are not ours.
-$(BIN)/jaeger: $(PINS)/jaeger@$(JAEGER_VERSION)
-	@mkdir -p $(TMP)/jaeger && cd $(TMP)/jaeger && rm -f go.mod go.sum && $(GO) mod init jaeger 2>/dev/null && \
-		GOFLAGS=-mod=mod $(GO) get -tool github.com/jaegertracing/jaeger/cmd/jaeger@$(JAEGER_VERSION)
-	cd $(TMP)/jaeger && GOFLAGS=-mod=mod CGO_ENABLED=0 $(GO) build -o $(abspath $@) github.com/jaegertracing/jaeger/cmd/jaeger
+# uv resolves its hundreds of requirements in seconds; pip takes minutes.
+$(TMP)/phoenix/bin/phoenix: $(PINS)/phoenix@$(PHOENIX_VERSION)
+	python3 -m venv --clear $(TMP)/phoenix
+	$(TMP)/phoenix/bin/pip install --quiet uv==$(UV_VERSION)
+	$(TMP)/phoenix/bin/uv pip install --quiet --python $(TMP)/phoenix/bin/python arize-phoenix==$(PHOENIX_VERSION)
 	@touch $@

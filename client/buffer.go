@@ -25,19 +25,24 @@ const (
 type Buffer struct {
 	session *Session
 	id      uint32
-	fd      int // ours
-	offset  uint64
 	size    int
 	access  Access
 	probe   *Probe
-	data    []byte
+
+	// Shared memory.
+	fd     int // ours; -1 for a GPU's memory
+	offset uint64
+	data   []byte
+	// A GPU's memory.
+	device string
+	export func(context.Context) (GPUExport, error)
 
 	// using is held for reading by what the SDK itself does in data.
 	using sync.RWMutex
 }
 
-// Bytes is the memory of a buffer that NewBuffer made, nil of one that ShareFD lent. It must not be
-// touched after Close.
+// Bytes is the memory of a buffer that NewBuffer made, nil of what the engine lent by itself. It must not
+// be touched after Close.
 func (b *Buffer) Bytes() []byte { return b.data }
 
 // Size is in bytes.
@@ -88,7 +93,12 @@ func (s *Session) ShareFD(ctx context.Context, share Share) (*Buffer, error) {
 	b := &Buffer{
 		session: s, fd: fd, offset: uint64(share.Offset), size: share.Size, access: share.Access, probe: share.Probe,
 	}
-	if err := s.add(ctx, b); err != nil {
+	return b.share(ctx)
+}
+
+// share lends the engine's own memory.
+func (b *Buffer) share(ctx context.Context) (*Buffer, error) {
+	if err := b.session.add(ctx, b); err != nil {
 		b.free()
 		return nil, err
 	}
@@ -125,17 +135,14 @@ func (b *Buffer) Close(ctx context.Context) error {
 
 // register lends the buffer on a lease.
 func (b *Buffer) register(ctx context.Context, l *lease) error {
-	token, err := l.sendFD(ctx, b.fd)
-	if err != nil {
-		return err
-	}
 	req := &twilightv1.RegisterRegion{
 		RegionId: b.id,
 		Size:     uint64(b.size),
 		Access:   twilightv1.Access(b.access),
-		Kind: &twilightv1.RegisterRegion_SharedMemory{
-			SharedMemory: &twilightv1.SharedMemory{FdToken: token, Offset: b.offset},
-		},
+		Device:   b.device,
+	}
+	if err := b.lend(ctx, l, req); err != nil {
+		return err
 	}
 	if p := b.probe; p != nil {
 		digest := sha256.Sum256(p.Bytes)
@@ -143,10 +150,29 @@ func (b *Buffer) register(ctx context.Context, l *lease) error {
 			Offset: uint64(p.Offset), Length: uint32(len(p.Bytes)), ExpectedSha256: digest[:],
 		}
 	}
-	_, err = l.register(ctx,
+	_, err := l.register(ctx,
 		&twilightv1.LeaseRequest{Request: &twilightv1.LeaseRequest_RegisterRegion{RegisterRegion: req}},
 		b.releaseRequest())
 	return err
+}
+
+// lend brings what the message cannot carry to the daemon and names the memory in the message.
+func (b *Buffer) lend(ctx context.Context, l *lease, req *twilightv1.RegisterRegion) error {
+	if b.export != nil {
+		exported, err := b.export(ctx)
+		if err != nil {
+			return err
+		}
+		return exported.lend(ctx, l, req)
+	}
+	tokens, err := l.sendFDs(ctx, b.fd)
+	if err != nil {
+		return err
+	}
+	req.Kind = &twilightv1.RegisterRegion_SharedMemory{
+		SharedMemory: &twilightv1.SharedMemory{FdToken: tokens[0][:], Offset: b.offset},
+	}
+	return nil
 }
 
 func (b *Buffer) releaseRequest() *twilightv1.LeaseRequest {
@@ -175,7 +201,9 @@ func (b *Buffer) free() {
 		_ = unix.Munmap(b.data)
 		b.data = nil
 	}
-	_ = unix.Close(b.fd)
+	if b.fd >= 0 {
+		_ = unix.Close(b.fd)
+	}
 }
 
 // newMemory makes a memfd of fixed size and maps it.

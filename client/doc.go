@@ -32,6 +32,15 @@
 //		}
 //	}
 //
+// On a GPU the engine lends what it has with ShareGPU, and everything else is the same:
+//
+//	kv, err := session.ShareGPU(ctx, client.GPUShare{
+//		Device: uuid, Size: size, Access: client.ReadOnly,
+//		Export: func(context.Context) (client.GPUExport, error) {
+//			return client.CUDAIPC{Handle: handle, Offset: offset}, nil
+//		},
+//	})
+//
 // The engine hands its whole page tables to every step; the SDK remembers what the daemon has and
 // sends what changed.
 //

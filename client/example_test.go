@@ -148,5 +148,5 @@ func ExampleClient_Capabilities() {
 	for _, device := range answer.GetDevices() {
 		fmt.Println(device.GetId(), device.GetShadowBytesPerToken(), "bytes a token")
 	}
-	// Output: host 17408 bytes a token
+	// Output: host 16320 bytes a token
 }

@@ -25,6 +25,7 @@ type fake struct {
 
 	t      testing.TB
 	opened twilightv1.OpenLeaseResponse
+	fds    *fdsock.Server
 	inbox  *fdsock.Inbox
 	server *grpc.Server
 	listen *bufconn.Listener
@@ -76,19 +77,19 @@ func newFake(t testing.TB) *fake {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fds := fdsock.NewServer(func(uint32) error { return nil }, slog.New(slog.DiscardHandler))
-	f.inbox = fds.Open(leaseToken, uint32(os.Getuid()), 100)
+	f.fds = fdsock.NewServer(func(uint32) error { return nil }, slog.New(slog.DiscardHandler))
+	f.inbox = f.fds.Open(leaseToken, uint32(os.Getuid()), 100)
 	f.opened = twilightv1.OpenLeaseResponse{
 		ProtocolVersion: 1, Token: leaseToken[:], FdEndpoint: path, ConfigJson: "{}",
 		Limits: &twilightv1.Limits{MaxMessageBytes: 4096},
 	}
 	twilightv1.RegisterTwilightServiceServer(f.server, f)
 	var serving sync.WaitGroup
-	serving.Go(func() { fds.Serve(l) })
+	serving.Go(func() { f.fds.Serve(l) })
 	serving.Go(func() { _ = f.server.Serve(f.listen) })
 	t.Cleanup(func() {
 		f.server.Stop()
-		fds.Close()
+		f.fds.Close()
 		serving.Wait()
 	})
 	return f

@@ -106,7 +106,12 @@ type LayerResult struct {
 
 	Index  IndexStats
 	Timing Timing
+	Read   Read
 }
+
+// Read is what a layer read, in bytes, without what audits and indexing did: of the engine's cache, and of
+// the daemon's shadow.
+type Read struct{ Cache, Shadow uint64 }
 
 // Timing is time spent on the device. Stages are summed over rows that ran in parallel; Wall is not.
 type Timing struct{ Wall, Index, Select, Prune, Attend time.Duration }
@@ -257,5 +262,6 @@ func layerResult(m *twilightv1.LayerResult) *LayerResult {
 			Wall: time.Duration(t.GetWallNs()), Index: time.Duration(t.GetIndexNs()), Select: time.Duration(t.GetSelectNs()),
 			Prune: time.Duration(t.GetPruneNs()), Attend: time.Duration(t.GetAttendNs()),
 		},
+		Read: Read{Cache: m.GetCacheBytesRead(), Shadow: m.GetShadowBytesRead()},
 	}
 }

@@ -96,6 +96,11 @@ func openLease(ctx context.Context, c *Client, req *twilightv1.OpenLeaseRequest)
 	}
 	service, target := c.service, c.conn.Target()
 	if endpoint := opened.GetEndpoint(); endpoint != "" {
+		if path, local := strings.CutPrefix(endpoint, "unix://"); local {
+			if _, err := os.Stat(path); err != nil {
+				endpoint = "unix://" + beside(target, path)
+			}
+		}
 		target = endpoint
 		if l.conn, err = c.options.connect(endpoint); err != nil {
 			return nil, errorf(ErrInvalid, "endpoint", "the daemon named %q: %v", endpoint, err)
@@ -189,7 +194,11 @@ func (l *lease) fail(err error) {
 		err = errors.New("the daemon ended it")
 	}
 	l.mu.Lock()
-	l.err = leaseLost(fromStatus(err))
+	if err = fromStatus(err); l.conn != nil && errors.Is(err, ErrUnreachable) {
+		err = &Error{Code: ErrUnreachable, cause: err, Message: "the worker that served it ended without a word, " +
+			"of which the daemon's log and its metric twilight.worker.ends tell: " + err.Error()}
+	}
+	l.err = leaseLost(err)
 	if l.closed {
 		l.err = errClosed
 	}
@@ -284,19 +293,19 @@ func (l *lease) giveBack(ctx context.Context, release *twilightv1.LeaseRequest) 
 	return err
 }
 
-// sendFD brings a descriptor to the daemon and returns the token that names it, once.
-func (l *lease) sendFD(ctx context.Context, fd int) ([]byte, error) {
+// sendFDs brings descriptors to the daemon and returns the tokens that name them, once.
+func (l *lease) sendFDs(ctx context.Context, fds ...int) ([]fdsock.Token, error) {
 	if l.fdPath == "" {
 		return nil, errorf(ErrUnsupported, "", "the daemon is on another host, where memory cannot be lent; run it beside the engine")
 	}
-	tokens, err := fdsock.Send(ctx, l.fdPath, l.opened.GetToken(), fd)
+	tokens, err := fdsock.Send(ctx, l.fdPath, l.opened.GetToken(), fds...)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, &Error{Code: ErrUnreachable, Message: "the daemon did not take the descriptor: " + err.Error(), cause: err}
+		return nil, &Error{Code: ErrUnreachable, Message: "the daemon did not take descriptors: " + err.Error(), cause: err}
 	}
-	return tokens[0][:], nil
+	return tokens, nil
 }
 
 // beside finds the socket that the daemon names. A daemon in another container may know its folder by

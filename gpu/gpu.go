@@ -20,7 +20,8 @@ import (
 type Device interface {
 	Info() Info
 
-	// ShadowBytesPerToken is what the shadow takes for a token, over all layers and KV heads of g.
+	// ShadowBytesPerToken is what the shadow takes for a token, over all layers and KV heads of g, whose
+	// layers are taken for the model's first.
 	ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (float64, error)
 
 	// Open reserves the device for a geometry and a config.
@@ -74,8 +75,8 @@ type Lease interface {
 	// NewCache describes a cache in imported memory and takes its shadow.
 	NewCache(ctx context.Context, spec *CacheSpec) (Cache, error)
 
-	// ShadowBytes is what NewCache would take.
-	ShadowBytes(spec *CacheSpec) (uint64, error)
+	// ShadowBytes is what NewCache would take, and what of that grows with tokens, for each.
+	ShadowBytes(spec *CacheSpec) (total uint64, perToken float64, err error)
 
 	// Close waits for running work, then releases every cache and memory. It may be called twice.
 	Close() error

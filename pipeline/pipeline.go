@@ -64,6 +64,8 @@ type Result struct {
 	Lists      [][]int32 // kept positions, ascending; nil for dense rows, which keep [First, Len)
 	Kept       []int
 	Candidates []int
+	// KeysSelected are the exact keys that the selector read, for all lists.
+	KeysSelected int
 
 	Path   Path
 	Reason Reason

@@ -55,7 +55,7 @@ func (p *Pipeline) Shadows() (selector, estimator kv.Shadow) {
 // Fits reports what keeps the config from serving a layer, by the model's index, as a *fault.Error whose
 // field is the config's key at fault.
 func (p *Pipeline) Fits(layer int) error {
-	if p.skips(layer) {
+	if p.Skips(layer) {
 		return nil
 	}
 	if fitter, ok := p.selector.(selector.Fitter); ok {
@@ -69,8 +69,9 @@ func (p *Pipeline) Fits(layer int) error {
 	return nil
 }
 
-// skips says whether all rows of a layer are dense, whatever the methods.
-func (p *Pipeline) skips(layer int) bool { return p.config.SkipFirstTwoLayers && layer < 2 }
+// Skips says whether all rows of a layer, by the model's index, are dense, whatever the methods: it needs
+// neither shadows nor states.
+func (p *Pipeline) Skips(layer int) bool { return p.config.SkipFirstTwoLayers && layer < 2 }
 
 // Scratch is memory that Run reuses from row to row. The zero value is ready; one Scratch serves one
 // goroutine and one Pipeline.
@@ -134,7 +135,7 @@ func (p *Pipeline) Run(s *Scratch, row *Row, res *Result) {
 			return
 		}
 	}
-	res.Lists = res.lists
+	res.Lists, res.KeysSelected = res.lists, s.selector.KeysRead
 }
 
 func (p *Pipeline) denseReason(row *Row) Reason {
@@ -142,7 +143,7 @@ func (p *Pipeline) denseReason(row *Row) Reason {
 	switch {
 	case c.Compressor.Type == none && c.Selector.Type == none && c.Estimator.Type == none && c.Pruner.Type == none:
 		return Configured
-	case p.skips(row.Layer):
+	case p.Skips(row.Layer):
 		return SkippedLayer
 	case row.Len-row.First < c.DenseBelow:
 		return ShortContext
@@ -163,7 +164,7 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	if !row.ListsOnly {
 		res.Output = slices.Grow(res.Output, heads*g.VDim)[:heads*g.VDim]
 	}
-	res.Lists, res.Timing = nil, Timing{}
+	res.Lists, res.KeysSelected, res.Timing = nil, 0, Timing{}
 	res.TrueMass, res.OutputError = res.TrueMass[:0], res.OutputError[:0]
 	p.ask(s, row)
 	s.estimator = pruner.Row{

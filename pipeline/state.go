@@ -34,9 +34,9 @@ func (p *Pipeline) Needs() Needs {
 	return n
 }
 
-// StateBytesPerToken is what carries and states take for a token of a sequence, over all layers and KV
-// heads, at most.
-func (p *Pipeline) StateBytesPerToken() int {
+// StateBytesPerToken is what carries and states take for a token of a sequence, over all KV heads of some
+// layers that are not skipped, at most.
+func (p *Pipeline) StateBytesPerToken(layers int) int {
 	const position, score = 4, 4
 	perList := 0
 	if p.compressor != nil {
@@ -46,7 +46,7 @@ func (p *Pipeline) StateBytesPerToken() int {
 	if needs.Scores {
 		perList += score + position + score
 	}
-	perList *= p.geometry.Layers
+	perList *= layers
 	if needs.Carry {
 		perList += position
 	}
@@ -190,7 +190,7 @@ func (p *Pipeline) shape(s *State) {
 
 // open makes the row's state ready for a step.
 func (p *Pipeline) open(row *Row) {
-	if row.State == nil || p.skips(row.Layer) {
+	if row.State == nil || p.Skips(row.Layer) {
 		return
 	}
 	p.shape(row.State)
@@ -231,7 +231,7 @@ type Observation struct {
 // Prompt and Window.
 func (p *Pipeline) CheckObserved(row *Row, observed *Observation) error {
 	c := p.compressor
-	if c == nil || p.skips(row.Layer) {
+	if c == nil || p.Skips(row.Layer) {
 		return nil
 	}
 	prompt := row.Len - 1
@@ -262,7 +262,7 @@ func (p *Pipeline) CheckObserved(row *Row, observed *Observation) error {
 // Observe starts the row's State from what the engine saw. Of the row it reads what does not belong to a
 // step; CheckObserved has passed.
 func (p *Pipeline) Observe(s *Scratch, row *Row, o *Observation) {
-	if p.skips(row.Layer) {
+	if p.Skips(row.Layer) {
 		return
 	}
 	p.shape(row.State)

@@ -64,18 +64,10 @@ func (d *decoded) run(step int) *pipeline.Result {
 	return &d.result
 }
 
-// mass is what the prompt's tokens get from all decode steps' queries: much like what they got before.
+// mass is what the prompt's tokens got from all of its queries, as the capture has it.
 func (d *decoded) mass() []float32 {
-	mass := make([]float32, d.Group()*d.N)
-	for h := range d.Group() {
-		for step := range d.Steps {
-			_, weights := d.Dense(d.layer, step, d.kvHead*d.Group()+h, nil)
-			for i := range d.N {
-				mass[h*d.N+i] += float32(weights[i])
-			}
-		}
-	}
-	return mass
+	n := d.Group() * d.N
+	return d.Layers[d.layer].Mass[d.kvHead*n:][:n]
 }
 
 // simulated is the original's cache of one list: what is evicted is gone.

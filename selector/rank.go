@@ -90,6 +90,7 @@ func Exact(scores []float32, row *Row, query, keys []float32) {
 		to := min(from+ExactBlock, row.Len)
 		some := keys[:(to-from)*row.Dim]
 		row.Keys.Read(some, from, to)
+		row.KeysRead += to - from
 		vek32.MatMul_Into(scores[from-row.First:][:to-from], some, query, row.Dim)
 	}
 }

@@ -16,7 +16,7 @@ type Selector interface {
 }
 
 // Row is what a selector may look at: one KV head of one sequence, asked by one query head or by all
-// that share it. Its slices belong to the caller and are read-only but for Carry, Ranking and Scratch.
+// that share it. Its slices belong to the caller and are read-only but for Carry, Ranking, KeysRead and Scratch.
 type Row struct {
 	// Layer is the model's layer index, Head the KV head.
 	Layer, Head int
@@ -52,6 +52,9 @@ type Row struct {
 	// Ranking is what a Ranker selected by: set by its Select, unless every token is a candidate, and
 	// valid until the next Select with this Row. It must be empty before.
 	Ranking Ranking
+
+	// KeysRead grows by the exact keys that Select reads.
+	KeysRead int
 
 	// Scratch is reused by the method from call to call with this Row.
 	Scratch Scratch

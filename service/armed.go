@@ -284,4 +284,5 @@ func (m *armedLayerMessage) set(r *gpu.LayerResult) {
 	to.Truncated, to.EstimatedMass, to.EstimatedCoverage = r.Truncated, r.Mass, r.Coverage
 	setIndexStats(&m.index, &r.Index)
 	setTiming(&m.timing, &r.Timing)
+	to.CacheBytesRead, to.ShadowBytesRead = r.Read.Cache, r.Read.Shadow
 }

@@ -13,35 +13,45 @@ import (
 
 // GetCapabilities answers for every device, whatever the state of the service.
 func (s *Server) GetCapabilities(
-	_ context.Context, req *twilightv1.GetCapabilitiesRequest,
+	ctx context.Context, req *twilightv1.GetCapabilitiesRequest,
 ) (*twilightv1.GetCapabilitiesResponse, error) {
 	resp := &twilightv1.GetCapabilitiesResponse{
 		Version:            s.config.Version,
 		ProtocolVersionMin: protocolVersionMin,
 		ProtocolVersionMax: protocolVersionMax,
 	}
+	query := req.GetShadow()
 	var geometry *kv.Geometry
 	var config *pipeline.Config
-	if query := req.GetShadow(); query != nil {
+	if query != nil {
 		var err error
 		if geometry, config, err = s.parseModel(query.GetGeometry(), query.GetConfigJson()); err != nil {
 			return nil, fault.In("shadow", err)
 		}
 	}
 	for _, d := range s.config.Devices {
-		info := d.Info()
-		device := deviceProto(&info)
-		if geometry != nil {
-			perToken, err := shadowPerToken(d, &info, geometry, config)
-			if err != nil {
-				device.ShadowRefusal = err.Error()
-			} else {
-				device.ShadowBytesPerToken = &perToken
-			}
-		}
-		resp.Devices = append(resp.Devices, device)
+		resp.Devices = append(resp.Devices, describe(d, geometry, config))
+	}
+	for _, r := range s.config.Remotes {
+		resp.Devices = append(resp.Devices, r.Describe(ctx, query))
 	}
 	return resp, nil
+}
+
+// describe tells what a device can do and, unless geometry is nil, what a shadow would take.
+func describe(d gpu.Device, geometry *kv.Geometry, config *pipeline.Config) *twilightv1.Device {
+	info := d.Info()
+	device := deviceProto(&info)
+	if geometry == nil {
+		return device
+	}
+	perToken, err := shadowPerToken(d, &info, geometry, config)
+	if err != nil {
+		device.ShadowRefusal = err.Error()
+	} else {
+		device.ShadowBytesPerToken = &perToken
+	}
+	return device
 }
 
 func shadowPerToken(d gpu.Device, info *gpu.Info, g *kv.Geometry, config *pipeline.Config) (float64, error) {

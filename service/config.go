@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"syscall"
 	"time"
 
@@ -27,8 +28,10 @@ const (
 
 // Config says what a Server serves and to whom. Zero fields take the defaults that their comments name.
 type Config struct {
-	// Devices are served under the IDs of their Info, which differ. At least one; Drain closes them.
+	// Devices are served under the IDs of their Info, which differ; Drain closes them. Remotes are served by
+	// other processes, under IDs of the same kind. At least one of either.
 	Devices []gpu.Device
+	Remotes []Remote
 	// Methods are what a lease's config may name.
 	Methods *pipeline.Methods
 	// Limits are those of each lease.
@@ -41,6 +44,9 @@ type Config struct {
 	// certificates. Without it such peers are refused, unless Insecure lets them in unauthenticated.
 	TLS      *tls.Config
 	Insecure bool
+
+	// Assigned leases are opened by OpenFor alone: peers that ask for one are refused.
+	Assigned bool
 
 	// Logger takes the daemon's log; discarded.
 	Logger *slog.Logger
@@ -103,16 +109,20 @@ func (c Config) withDefaults() Config {
 
 func (c *Config) validate() error {
 	var errs []error
-	if len(c.Devices) == 0 {
+	var ids []string
+	for _, d := range c.Devices {
+		ids = append(ids, d.Info().ID)
+	}
+	for _, r := range c.Remotes {
+		ids = append(ids, r.ID())
+	}
+	if len(ids) == 0 {
 		errs = append(errs, errors.New("no device to serve: name a backend"))
 	}
-	seen := make(map[string]bool)
-	for _, d := range c.Devices {
-		id := d.Info().ID
-		if id == "" || seen[id] {
+	for i, id := range ids {
+		if id == "" || slices.Contains(ids[:i], id) {
 			errs = append(errs, fmt.Errorf("device id %q is empty or not the only one of its name", id))
 		}
-		seen[id] = true
 	}
 	if c.Methods == nil {
 		errs = append(errs, errors.New("no methods to serve"))

@@ -85,23 +85,34 @@ func (s *Server) toStatus(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
 	}
-	var detail *twilightv1.Error
-	st, is := status.FromError(err)
-	if is {
-		if detail = violationDetail(st); detail == nil {
+	if st, is := status.FromError(err); is {
+		detail := violationDetail(st)
+		if detail == nil {
 			return err
 		}
-	} else {
-		var code codes.Code
-		if detail, code = toError(err); code == codes.Internal {
-			s.logger.ErrorContext(ctx, "call failed", "error", err)
-		}
-		text := detail.GetMessage()
-		if detail.GetField() != "" {
-			text = detail.GetField() + ": " + text
-		}
-		st = status.New(code, text)
+		return withDetail(st, detail)
 	}
+	told := Status(err)
+	if status.Code(told) == codes.Internal {
+		s.logger.ErrorContext(ctx, "call failed", "error", err)
+	}
+	return told
+}
+
+// Status says an error, unless it is a status, as one that carries a twilight.v1.Error.
+func Status(err error) error {
+	if _, is := status.FromError(err); is {
+		return err
+	}
+	detail, code := toError(err)
+	text := detail.GetMessage()
+	if detail.GetField() != "" {
+		text = detail.GetField() + ": " + text
+	}
+	return withDetail(status.New(code, text), detail)
+}
+
+func withDetail(st *status.Status, detail *twilightv1.Error) error {
 	if detailed, err := st.WithDetails(detail); err == nil {
 		st = detailed
 	}

@@ -98,8 +98,8 @@ func (l *fakeLease) Import(_ context.Context, region *gpu.Region) (gpu.Memory, e
 	return m, nil
 }
 
-func (l *fakeLease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
-	return uint64(spec.NumPages * spec.PageSize), nil
+func (l *fakeLease) ShadowBytes(spec *gpu.CacheSpec) (total uint64, perToken float64, err error) {
+	return uint64(spec.NumPages * spec.PageSize), 12.5, nil
 }
 
 func (l *fakeLease) NewCache(context.Context, *gpu.CacheSpec) (gpu.Cache, error) {

@@ -437,7 +437,7 @@ func FuzzLeaseRequest(f *testing.F) {
 	memory := share(f)
 	ctx := peer.NewContext(f.Context(), &peer.Peer{AuthInfo: unixPeer{uid: uint32(os.Geteuid())}})
 	f.Fuzz(func(t *testing.T, input []byte) {
-		l, err := d.newLease(ctx, 1, openRequest())
+		l, err := d.newLease(ctx, 1, openRequest(), d.config.Devices[0])
 		if err != nil {
 			t.Fatal(err)
 		}

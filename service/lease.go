@@ -25,27 +25,25 @@ type leaseStream = grpc.BidiStreamingServer[twilightv1.LeaseRequest, twilightv1.
 
 // lease is what one engine has here, from OpenLease to the end of its stream.
 type lease struct {
-	server         *Server
-	logger         *slog.Logger
-	token          fdsock.LeaseToken
-	owner          string // identity of the peer that opened it
-	info           gpu.Info
-	geometry       *kv.Geometry
-	config         *pipeline.Config
-	configJSON     string
-	shadowPerToken float64
-	device         gpu.Lease
-	inbox          *fdsock.Inbox // nil if the engine is not local
-	limits         *twilightv1.Limits
-	expiry         *time.Timer
-	telemetry      *telemetry.Lease
+	server     *Server
+	logger     *slog.Logger
+	token      fdsock.LeaseToken
+	owner      string // identity of the peer that opened it
+	info       gpu.Info
+	geometry   *kv.Geometry
+	config     *pipeline.Config
+	configJSON string
+	device     gpu.Lease
+	inbox      *fdsock.Inbox // nil if the engine is not local
+	limits     *twilightv1.Limits
+	expiry     *time.Timer
+	telemetry  *telemetry.Lease
 
 	// stream is nil until it arrives. Server.mu guards it till then; after, sending keeps senders apart.
 	stream  leaseStream
 	sending sync.Mutex
-	// stop, by closing ended, ends the stream behind the request that runs.
-	stop  func()
-	ended chan struct{}
+	ended   chan error // see stop
+	over    func()     // nil, or told once all is released
 
 	// What follows belongs to the goroutine of serve.
 	regions map[uint32]*region
@@ -96,9 +94,17 @@ func (l *lease) serve(stream leaseStream) error {
 				return nil
 			}
 			return err
-		case <-l.ended:
-			return errDraining()
+		case err := <-l.ended:
+			return err
 		}
+	}
+}
+
+// stop ends the stream, by an error, behind the request that runs.
+func (l *lease) stop(cause error) {
+	select {
+	case l.ended <- cause:
+	default: // is stopped
 	}
 }
 

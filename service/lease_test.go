@@ -34,7 +34,7 @@ func TestLifecycle(t *testing.T) {
 	fake.onLayer = func(_ context.Context, req *gpu.LayerRequest, res *gpu.LayerResult) error {
 		*res = gpu.LayerResult{
 			Candidates: []uint32{9}, Kept: []uint32{3}, Lists: []int32{1, 5, 7}, Output: req.Query.Inline,
-			Mass: []float32{0.5, 0.25}, Timing: gpu.Timing{Wall: 5},
+			Mass: []float32{0.5, 0.25}, Timing: gpu.Timing{Wall: 5}, Read: gpu.Read{Cache: 300, Shadow: 20},
 		}
 		return nil
 	}
@@ -60,7 +60,8 @@ func TestLifecycle(t *testing.T) {
 	e.must(step(2))
 	got := e.must(layer(2)).GetLayerResult()
 	if len(got.GetOutput()) != 128 || len(got.GetLists()) != 3 || got.GetKept()[0] != 3 ||
-		got.GetCandidates()[0] != 9 || got.GetEstimatedMass()[1] != 0.25 || got.GetTiming().GetWallNs() != 5 {
+		got.GetCandidates()[0] != 9 || got.GetEstimatedMass()[1] != 0.25 || got.GetTiming().GetWallNs() != 5 ||
+		got.GetCacheBytesRead() != 300 || got.GetShadowBytesRead() != 20 {
 		t.Errorf("layer result: %v", got)
 	}
 	e.must(request(&twilightv1.CancelStep{CacheId: 1, StepId: 2}))

@@ -18,6 +18,9 @@ import (
 // fdSuffix makes the path of the descriptor socket from that of the gRPC socket.
 const fdSuffix = ".fd"
 
+// Sockets are the files that a server makes for a socket at path.
+func Sockets(path string) []string { return []string{path, path + fdSuffix} }
+
 // Listen makes a Unix socket at path with the given permissions: 0600 for the daemon's user alone, 0666
 // where Config.AllowedUIDs names others. The folder must be one where no other user could replace the
 // socket. A socket that a dead daemon left there is removed; one that is served is not.

@@ -269,11 +269,11 @@ func (l *lease) registerCache(ctx context.Context, req *twilightv1.RegisterCache
 	if err != nil {
 		return nil, err
 	}
-	size, err := l.device.ShadowBytes(spec)
+	size, perToken, err := l.device.ShadowBytes(spec)
 	if err != nil {
 		return nil, err
 	}
-	answer := &twilightv1.CacheRegistered{ShadowBytes: size, ShadowBytesPerToken: l.shadowPerToken}
+	answer := &twilightv1.CacheRegistered{ShadowBytes: size, ShadowBytesPerToken: perToken}
 	if req.GetSizeOnly() {
 		return answer, nil
 	}

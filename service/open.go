@@ -4,12 +4,12 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/fdsock"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
@@ -20,20 +20,44 @@ const tokenKey = "twilight-lease-bin"
 
 // OpenLease reserves a device. The lease waits for its stream, then goes with it.
 func (s *Server) OpenLease(ctx context.Context, req *twilightv1.OpenLeaseRequest) (*twilightv1.OpenLeaseResponse, error) {
+	if s.config.Assigned {
+		return nil, fault.Newf(fault.Permission, "", "this is the socket of one lease: open others at the daemon's")
+	}
 	id, err := s.reserve()
 	if err != nil {
 		return nil, err
 	}
-	admitted := false
+	opened := false
 	defer func() { // also behind a panic
-		if !admitted {
+		if !opened {
 			s.release()
 		}
 	}()
-	l, err := s.newLease(ctx, id, req)
+	resp, err := s.open(ctx, id, req, nil)
+	opened = err == nil
+	return resp, err
+}
+
+// open opens a lease, whose slot is reserved. over, if not nil, is called once the lease is.
+func (s *Server) open(
+	ctx context.Context, id uint64, req *twilightv1.OpenLeaseRequest, over func(),
+) (*twilightv1.OpenLeaseResponse, error) {
+	if v := req.GetProtocolVersion(); v < protocolVersionMin || v > protocolVersionMax {
+		return nil, fault.Newf(fault.Unsupported, "protocol_version",
+			"is %d: this daemon speaks %d to %d", v, protocolVersionMin, protocolVersionMax)
+	}
+	device, remote, err := s.device(req.GetDevice())
 	if err != nil {
 		return nil, err
 	}
+	if remote != nil {
+		return s.openRemote(ctx, remote, id, req)
+	}
+	l, err := s.newLease(ctx, id, req, device)
+	if err != nil {
+		return nil, err
+	}
+	l.over = over
 	resp := &twilightv1.OpenLeaseResponse{
 		ProtocolVersion: req.GetProtocolVersion(),
 		Token:           l.token[:],
@@ -50,28 +74,18 @@ func (s *Server) OpenLease(ctx context.Context, req *twilightv1.OpenLeaseRequest
 		l.close()
 		return nil, err
 	}
-	admitted = true
 	l.logger.Info("lease opened", "peer", l.owner, "device", l.info.ID)
 	return resp, nil
 }
 
 // newLease checks a request and takes what it asks for.
-func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLeaseRequest) (*lease, error) {
-	if v := req.GetProtocolVersion(); v < protocolVersionMin || v > protocolVersionMax {
-		return nil, fault.Newf(fault.Unsupported, "protocol_version",
-			"is %d: this daemon speaks %d to %d", v, protocolVersionMin, protocolVersionMax)
-	}
-	device, err := s.device(req.GetDevice())
-	if err != nil {
-		return nil, err
-	}
+func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLeaseRequest, device gpu.Device) (*lease, error) {
 	geometry, config, err := s.parseModel(req.GetGeometry(), req.GetConfigJson())
 	if err != nil {
 		return nil, err
 	}
 	info := device.Info()
-	perToken, err := shadowPerToken(device, &info, geometry, config)
-	if err != nil {
+	if err := checkGeometry(&info, geometry); err != nil {
 		return nil, err
 	}
 	configJSON, err := json.Marshal(config)
@@ -82,24 +96,21 @@ func (s *Server) newLease(ctx context.Context, id uint64, req *twilightv1.OpenLe
 	if err != nil {
 		return nil, err
 	}
-	ended := make(chan struct{})
 	l := &lease{
-		server:         s,
-		logger:         s.logger.With("lease", id, "engine", req.GetEngineName()),
-		owner:          identity(ctx),
-		info:           info,
-		geometry:       geometry,
-		config:         config,
-		configJSON:     string(configJSON),
-		warnings:       newWarnings(),
-		shadowPerToken: perToken,
-		device:         opened,
-		limits:         s.config.Limits.proto(&info),
-		ended:          ended,
-		telemetry:      s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
-		stop:           sync.OnceFunc(func() { close(ended) }),
-		regions:        make(map[uint32]*region),
-		caches:         make(map[uint32]*cache),
+		server:     s,
+		logger:     s.logger.With("lease", id, "engine", req.GetEngineName()),
+		owner:      identity(ctx),
+		info:       info,
+		geometry:   geometry,
+		config:     config,
+		configJSON: string(configJSON),
+		warnings:   newWarnings(),
+		device:     opened,
+		limits:     s.config.Limits.proto(&info),
+		ended:      make(chan error, 1),
+		telemetry:  s.newTelemetry(ctx, id, req.GetEngineName(), &info, geometry, config),
+		regions:    make(map[uint32]*region),
+		caches:     make(map[uint32]*cache),
 	}
 	_, _ = rand.Read(l.token[:]) // never fails
 	if p, ok := authInfo(ctx).(unixPeer); ok {
@@ -139,6 +150,9 @@ func (s *Server) expire(l *lease) {
 func (s *Server) finish(l *lease) {
 	l.close()
 	s.release()
+	if l.over != nil {
+		l.over()
+	}
 }
 
 // Lease serves the stream of an opened lease.

@@ -132,21 +132,35 @@ func (s *Server) setHealth(status healthpb.HealthCheckResponse_ServingStatus) {
 // Serve accepts connections from l, which it owns, until Drain. Beside a Unix socket of Listen it opens
 // the socket that takes descriptors, with the same permissions. It may be called for several listeners.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	if socket, ok := l.(*net.UnixListener); ok {
-		side, err := listenBeside(ctx, socket)
-		if err != nil {
-			l.Close()
-			return err
-		}
-		var serving sync.WaitGroup
-		serving.Go(func() { s.fds.Serve(side) })
-		defer serving.Wait()
-		defer side.Close()
-	}
-	if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+	serve, err := s.Attach(ctx, l)
+	if err != nil {
 		return err
 	}
-	return nil
+	return serve()
+}
+
+// Attach is the first part of Serve: once it returns peers may connect. The rest is the function that it
+// returns, which must be called.
+func (s *Server) Attach(ctx context.Context, l net.Listener) (serve func() error, err error) {
+	var side *net.UnixListener
+	if socket, ok := l.(*net.UnixListener); ok {
+		if side, err = listenBeside(ctx, socket); err != nil {
+			l.Close()
+			return nil, err
+		}
+	}
+	return func() error {
+		if side != nil {
+			var serving sync.WaitGroup
+			serving.Go(func() { s.fds.Serve(side) })
+			defer serving.Wait()
+			defer side.Close()
+		}
+		if err := s.grpc.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			return err
+		}
+		return nil
+	}, nil
 }
 
 // Healthy is nil while the server reports SERVING.
@@ -160,13 +174,20 @@ func (s *Server) Healthy() error {
 	return errors.New("starting: the devices are being tested")
 }
 
-// SelfTest tests every device, then opens the server for leases and reports SERVING.
+// SelfTest tests every device, then opens the server for leases and reports SERVING. A remote device that
+// cannot be used is no hindrance.
 func (s *Server) SelfTest(ctx context.Context) error {
+	var remotes sync.WaitGroup
+	for _, r := range s.config.Remotes {
+		remotes.Go(func() { r.Start(ctx) })
+	}
+	defer remotes.Wait()
 	for _, d := range s.config.Devices {
 		if err := d.SelfTest(ctx); err != nil {
 			return fmt.Errorf("device %s failed its self-test: %w", d.Info().ID, err)
 		}
 	}
+	remotes.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state.CompareAndSwap(starting, serving) {
@@ -180,7 +201,7 @@ func (s *Server) SelfTest(ctx context.Context) error {
 // runs, which is cut off after two more seconds; then devices are closed. If ctx is done before all
 // that, what is left is abandoned and an error returned.
 func (s *Server) Drain(ctx context.Context) error {
-	s.stopOpening()
+	s.stopOpening(ctx)
 	grace := time.NewTimer(s.config.DrainGrace)
 	defer grace.Stop()
 	select {
@@ -190,7 +211,7 @@ func (s *Server) Drain(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	for _, l := range s.leases {
-		l.stop()
+		l.stop(errDraining())
 	}
 	s.mu.Unlock()
 
@@ -216,8 +237,15 @@ func (s *Server) Drain(ctx context.Context) error {
 }
 
 // stopOpening tells everybody that the service ends.
-func (s *Server) stopOpening() {
+func (s *Server) stopOpening(ctx context.Context) {
 	s.health.Shutdown()
+	for _, r := range s.config.Remotes {
+		s.background.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, s.config.DrainGrace+stopTimeout)
+			defer cancel()
+			r.Drain(ctx)
+		})
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.state.Swap(stopping) == stopping {
@@ -273,19 +301,21 @@ func (s *Server) checkIdleLocked() {
 	}
 }
 
-// device finds a device by the id of a request; "" is the only one.
-func (s *Server) device(id string) (gpu.Device, error) {
-	devices := s.config.Devices
-	if id == "" {
-		if len(devices) > 1 {
-			return nil, fault.Newf(fault.Invalid, "device", "is empty, but there are %d devices: name one of GetCapabilities", len(devices))
-		}
-		return devices[0], nil
+// device finds a device, or one that other processes serve, by the id of a request; "" is the only one.
+func (s *Server) device(id string) (gpu.Device, Remote, error) {
+	n := len(s.config.Devices) + len(s.config.Remotes)
+	if id == "" && n > 1 {
+		return nil, nil, fault.Newf(fault.Invalid, "device", "is empty, but there are %d devices: name one of GetCapabilities", n)
 	}
-	for _, d := range devices {
-		if d.Info().ID == id {
-			return d, nil
+	for _, d := range s.config.Devices {
+		if id == "" || d.Info().ID == id {
+			return d, nil, nil
 		}
 	}
-	return nil, fault.Newf(fault.NotFound, "device", "there is no device %q: name one of GetCapabilities", id)
+	for _, r := range s.config.Remotes {
+		if id == "" || r.ID() == id {
+			return nil, r, nil
+		}
+	}
+	return nil, nil, fault.Newf(fault.NotFound, "device", "there is no device %q: name one of GetCapabilities", id)
 }

@@ -69,7 +69,7 @@ func TestHealth(t *testing.T) {
 		t.Error(err)
 	}
 	want(healthpb.HealthCheckResponse_SERVING)
-	d.stopOpening()
+	d.stopOpening(t.Context())
 	want(healthpb.HealthCheckResponse_NOT_SERVING)
 	if err := d.SelfTest(t.Context()); err != nil {
 		t.Error(err)

@@ -257,6 +257,8 @@ func (l *lease) layerResult() (*twilightv1.LayerResult, error) {
 		OutputError:       r.OutputError,
 		Index:             indexStats(&r.Index),
 		Timing:            timing,
+		CacheBytesRead:    r.Read.Cache,
+		ShadowBytesRead:   r.Read.Shadow,
 	}, nil
 }
 

@@ -51,6 +51,18 @@ func (h headers) Get(key string) string {
 func (h headers) Set(key, value string) { metadata.MD(h).Set(key, value) }
 func (h headers) Keys() []string        { return slices.Collect(maps.Keys(h)) }
 
+// traceParent is the W3C trace context of the span that ctx stands in, "" for none.
+func traceParent(ctx context.Context) string {
+	carrier := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, carrier)
+	return carrier["traceparent"]
+}
+
+// withTraceParent is ctx within the span of a traceParent.
+func withTraceParent(ctx context.Context, parent string) context.Context {
+	return propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier{"traceparent": parent})
+}
+
 // newTelemetry tells of a lease that is opened.
 func (s *Server) newTelemetry(ctx context.Context, id uint64, engine string, info *gpu.Info, g *kv.Geometry, c *pipeline.Config) *telemetry.Lease {
 	lists := g.KVHeads

@@ -98,7 +98,7 @@ func chosen(r *http.Request) uint64 {
 func (t *Telemetry) serveBudgets(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
-	_ = json.NewEncoder(w).Encode(t.Snapshot(chosen(r)))
+	_ = json.NewEncoder(w).Encode(t.Snapshot(r.Context(), chosen(r)))
 }
 
 func (t *Telemetry) serveLive(w http.ResponseWriter, r *http.Request) {
@@ -109,7 +109,7 @@ func (t *Telemetry) serveLive(w http.ResponseWriter, r *http.Request) {
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
 	for {
-		data, err := json.Marshal(t.Snapshot(sequence))
+		data, err := json.Marshal(t.Snapshot(r.Context(), sequence))
 		if err != nil {
 			return
 		}

@@ -58,6 +58,7 @@ type metrics struct {
 	errors   map[errorKey]uint64
 	calls    map[callKey]*histogram
 	indexed  [phases]indexCounts
+	workers  workers
 
 	active, leases, opened, regions, caches, lent, shadow atomic.Int64
 	draining                                              atomic.Bool
@@ -83,6 +84,8 @@ func newMetrics() *metrics {
 		wait:   newHistogram(secondsBounds),
 		errors: make(map[errorKey]uint64),
 		calls:  make(map[callKey]*histogram),
+
+		workers: newWorkers(),
 	}
 	for i := range m.requests {
 		m.requests[i] = newHistogram(secondsBounds)
@@ -158,12 +161,15 @@ func (p *page) data(d metric, empty metricdata.Aggregation) *metricdata.Metrics 
 }
 
 func (p *page) histogram(d metric, h *histogram, attributes ...attribute.KeyValue) {
-	if h.count == 0 {
-		return
+	if h.count > 0 {
+		p.distribution(d, h.point(p.start, p.now, attribute.NewSet(attributes...)))
 	}
+}
+
+func (p *page) distribution(d metric, point metricdata.HistogramDataPoint[float64]) {
 	m := p.data(d, metricdata.Histogram[float64]{Temporality: metricdata.CumulativeTemporality})
 	data := m.Data.(metricdata.Histogram[float64])
-	data.DataPoints = append(data.DataPoints, h.point(p.start, p.now, attribute.NewSet(attributes...)))
+	data.DataPoints = append(data.DataPoints, point)
 	m.Data = data
 }
 
@@ -177,8 +183,13 @@ func (p *page) sum(d metric, monotonic bool, value int64, attributes ...attribut
 	m.Data = data
 }
 
-func (p *page) gauge(d metric, value int64) {
-	p.data(d, metricdata.Gauge[int64]{DataPoints: []metricdata.DataPoint[int64]{{Time: p.now, Value: value}}})
+func (p *page) gauge(d metric, value int64, attributes ...attribute.KeyValue) {
+	m := p.data(d, metricdata.Gauge[int64]{})
+	data := m.Data.(metricdata.Gauge[int64])
+	data.DataPoints = append(data.DataPoints, metricdata.DataPoint[int64]{
+		Attributes: attribute.NewSet(attributes...), Time: p.now, Value: value,
+	})
+	m.Data = data
 }
 
 // Produce implements metric.Producer.
@@ -187,6 +198,7 @@ func (m *metrics) Produce(context.Context) ([]metricdata.ScopeMetrics, error) {
 	m.mu.Lock()
 	all := maps.Clone(m.series)
 	m.pageRequests(p)
+	m.workers.page(p)
 	m.mu.Unlock()
 	for key, s := range all {
 		s.page(p, key)
@@ -229,11 +241,7 @@ func (m *metrics) pageState(p *page) {
 	p.sum(metricCaches, false, m.caches.Load())
 	p.sum(metricLent, false, m.lent.Load())
 	p.sum(metricShadow, false, m.shadow.Load())
-	draining := int64(0)
-	if m.draining.Load() {
-		draining = 1
-	}
-	p.gauge(metricDraining, draining)
+	p.gauge(metricDraining, number(m.draining.Load()))
 
 	lossy := func(d metric, part string, all, lost int64, why string) {
 		component := attribute.String(attrPart, part)

@@ -72,7 +72,7 @@ const (
 const (
 	attrError   = "error.type" // semantic conventions
 	attrPath    = "twilight.path"
-	attrReason  = "twilight.reason"
+	attrReason  = "twilight.reason"      // of workers: ended, failed, device_lost, crashed, killed, unresponsive, start_timeout, overdue
 	attrStage   = "twilight.stage"       // index, select, prune, attend
 	attrRequest = "twilight.request"     // step, layer, register_cache, ...
 	attrSource  = "twilight.source"      // cache, shadow
@@ -80,6 +80,9 @@ const (
 	attrOutcome = "twilight.outcome"     // indexed, claimed
 	attrOver    = "otel.metric.overflow" // semantic conventions: layers beyond maxSeries, together
 	attrPart    = "otel.component.type"  // semantic conventions
+
+	attrWorkerState = "twilight.worker.state" // starting, spare, leased, ending
+	attrWorkerStart = "twilight.worker.start" // cold, warm
 )
 
 // metric names a metric and says what it is.
@@ -88,7 +91,8 @@ type metric struct{ name, unit, text string }
 // Metrics. Those by layer have the attributes attrLayer, attrSelector, attrEstimator and attrPruner, in
 // at most maxSeries combinations, and one more for all others (attrOver). All other attributes have the
 // few values that their comments name. Nothing is named by lease, sequence or engine. Sampled steps leave
-// exemplars in histograms.
+// exemplars in histograms. What workers count is in the sums; of one that is killed the last second may be
+// missing.
 var (
 	// By layer. metricStage also by attrStage, metricRows by attrPath and attrReason, metricRead by
 	// attrSource.
@@ -124,6 +128,15 @@ var (
 	metricLent     = metric{"twilight.memory.lent", "By", "Memory lent by engines"}
 	metricShadow   = metric{"twilight.memory.shadow", "By", "Memory that shadows take"}
 	metricDraining = metric{"twilight.draining", "", "1 once the daemon takes no more leases and steps"}
+
+	// Of the processes that serve leases on GPUs, where there are any: by attrWorkerState, nothing,
+	// attrWorkerStart and attrReason; by attrDevice.
+	metricWorkers     = metric{"twilight.workers", "{worker}", "Workers"}
+	metricWorkerStart = metric{"twilight.worker.start.duration", "s", "Time from a worker's start until it could serve"}
+	metricWorkerOpen  = metric{"twilight.worker.open.duration", "s", "Time until a lease was opened on a worker, a warm spare or one started for it"}
+	metricWorkerEnds  = metric{"twilight.worker.ends", "{worker}", "Workers that ended, by reason"}
+	metricGPUUsable   = metric{"twilight.gpu.usable", "", "1 while leases can be opened on the GPU"}
+	metricGPUMPS      = metric{"twilight.gpu.mps", "", "1 if the GPU's workers run under an MPS server"}
 
 	// Semantic conventions, of unary calls: by rpc.system.name, rpc.method and rpc.response.status_code.
 	// Their spans have the same attributes and are named by the method.

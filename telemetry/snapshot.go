@@ -2,6 +2,7 @@ package telemetry
 
 import (
 	"cmp"
+	"context"
 	"encoding/hex"
 	"slices"
 	"strconv"
@@ -64,24 +65,32 @@ type Tokens struct {
 	Candidates float32 `json:"candidates"`
 }
 
-// Snapshot tells what leases keep now. sequence names the one whose budget is told, where a lease has
-// it; 0 stands for the last seen.
-func (t *Telemetry) Snapshot(sequence uint64) *Snapshot {
+// Snapshot tells what leases keep now, those of sources, too. sequence names the one whose budget is told,
+// where a lease has it; 0 stands for the last seen.
+func (t *Telemetry) Snapshot(ctx context.Context, sequence uint64) *Snapshot {
+	_, others := t.gather(ctx, sequence)
 	s := &Snapshot{
 		Version: t.options.Version, Instance: t.options.Instance, Uptime: time.Since(t.start).Seconds(),
-		Draining: t.metrics.draining.Load(), TraceURL: t.options.TraceURL, Leases: []LeaseSnapshot{},
+		Draining: t.metrics.draining.Load(), TraceURL: t.options.TraceURL,
+		Leases: append(t.leaseSnapshots(sequence), others...),
 	}
+	slices.SortFunc(s.Leases, func(a, b LeaseSnapshot) int { return cmp.Compare(a.ID, b.ID) })
+	return s
+}
+
+// leaseSnapshots tells of the leases that are served here.
+func (t *Telemetry) leaseSnapshots(sequence uint64) []LeaseSnapshot {
 	t.mu.Lock()
 	leases := make([]*Lease, 0, len(t.leases))
 	for l := range t.leases {
 		leases = append(leases, l)
 	}
 	t.mu.Unlock()
+	snapshots := make([]LeaseSnapshot, 0, len(leases))
 	for _, l := range leases {
-		s.Leases = append(s.Leases, l.snapshot(sequence))
+		snapshots = append(snapshots, l.snapshot(sequence))
 	}
-	slices.SortFunc(s.Leases, func(a, b LeaseSnapshot) int { return cmp.Compare(a.ID, b.ID) })
-	return s
+	return snapshots
 }
 
 func (l *Lease) snapshot(sequence uint64) LeaseSnapshot {

@@ -39,6 +39,9 @@ type Options struct {
 	Instance string
 	// TraceURL is where people find a trace, with {trace_id} for its id; "" if nowhere.
 	TraceURL string
+	// Gathered metrics are another process's to tell, which asks for them by Report: they are neither pushed
+	// nor scraped.
+	Gathered bool
 	// Logger takes what exporters complain of, once a minute at most.
 	Logger *slog.Logger
 }
@@ -56,8 +59,10 @@ type Telemetry struct {
 	stop          []func(context.Context) error // in the order to be called
 	start         time.Time
 
-	mu     sync.Mutex
-	leases map[*Lease]struct{}
+	mu      sync.Mutex
+	leases  map[*Lease]struct{}
+	sources map[*Source]struct{}
+	ended   sums // what sources counted that are no more
 }
 
 // Start sets telemetry up by the standard variables of OpenTelemetry:
@@ -82,6 +87,7 @@ func Start(ctx context.Context, options Options) (*Telemetry, error) {
 	}
 	t := &Telemetry{
 		options: options, metrics: newMetrics(), start: time.Now(), leases: make(map[*Lease]struct{}),
+		sources: make(map[*Source]struct{}),
 		tracers: noop.NewTracerProvider(), registry: prometheus.NewRegistry(),
 	}
 	res, err := resource.New(ctx,
@@ -94,7 +100,11 @@ func Start(ctx context.Context, options Options) (*Telemetry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("OTEL_RESOURCE_ATTRIBUTES: %w", err)
 	}
-	if err := errors.Join(t.startTraces(ctx, res), t.startMetrics(ctx, res)); err != nil {
+	err = t.startTraces(ctx, res)
+	if !options.Gathered {
+		err = errors.Join(err, t.startMetrics(ctx, res))
+	}
+	if err != nil {
 		return nil, errors.Join(err, t.Shutdown(ctx))
 	}
 	t.tracer = t.tracers.Tracer(scope, trace.WithInstrumentationVersion(options.Version))
@@ -139,7 +149,7 @@ func (t *Telemetry) startTraces(ctx context.Context, res *resource.Resource) err
 }
 
 func (t *Telemetry) startMetrics(ctx context.Context, res *resource.Resource) error {
-	scraped, err := otelprometheus.New(otelprometheus.WithRegisterer(t.registry), otelprometheus.WithProducer(t.metrics),
+	scraped, err := otelprometheus.New(otelprometheus.WithRegisterer(t.registry), otelprometheus.WithProducer(producer{t}),
 		otelprometheus.WithoutScopeInfo())
 	if err != nil {
 		return err
@@ -153,7 +163,7 @@ func (t *Telemetry) startMetrics(ctx context.Context, res *resource.Resource) er
 			return fmt.Errorf("OTEL_METRICS_EXPORTER: %w", err)
 		}
 		counted := &countedMetrics{Exporter: pushed, metrics: t.metrics, complain: t.complainer("metrics")}
-		options = append(options, sdkmetric.WithReader(sdkmetric.NewPeriodicReader(counted, sdkmetric.WithProducer(t.metrics))))
+		options = append(options, sdkmetric.WithReader(sdkmetric.NewPeriodicReader(counted, sdkmetric.WithProducer(producer{t}))))
 	default:
 		return fmt.Errorf("OTEL_METRICS_EXPORTER is %q: use otlp, or prometheus or none to have metrics scraped only", name)
 	}

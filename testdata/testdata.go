@@ -5,8 +5,8 @@ package testdata
 import _ "embed"
 
 // SmolLM2 is a capture in the format of internal/capture: layers 2, 9 and 17 of
-// SmolLM2-135M-Instruct with 2 KV heads and their 6 query heads, 4096 prefill tokens and 8 decode
-// steps. Do not modify it.
+// SmolLM2-135M-Instruct with 2 KV heads and their 6 query heads, 4096 prefill tokens, what their last 64
+// asked and what attention each got, and 8 decode steps. Do not modify it.
 //
 //go:embed smollm2-demo.safetensors
 var SmolLM2 []byte

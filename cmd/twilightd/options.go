@@ -20,6 +20,12 @@ import (
 // maxDrain leaves room, within 10 s, to cut off what does not heed the grace.
 const maxDrain = 7 * time.Second
 
+// The names of --backend.
+const (
+	backendHost = "host"
+	backendCUDA = "cuda"
+)
+
 type options struct {
 	Settings cliconf.File     `aliases:"config" placeholder:"FILE" help:"YAML or JSON file with values for flags."`
 	Version  kong.VersionFlag `env:"-" help:"Print the version and exit."`
@@ -31,9 +37,13 @@ type options struct {
 	TLSClientCA string     `name:"tls-client-ca" type:"existingfile" placeholder:"FILE" help:"PEM certificates that those of TCP clients must be signed by."`
 	InsecureTCP bool       `name:"insecure-tcp" help:"Serve TCP in plain text to whoever connects."`
 
-	Backend     string   `default:"host" enum:"host" help:"Device to serve: host, the CPU (host)."`
-	Workers     int      `default:"0" placeholder:"N" help:"Rows computed at a time (as many as processors)."`
-	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory for shadows, as in 512MiB or 8GiB (half of the machine's)."`
+	Backend     []string `placeholder:"NAME" help:"Devices to serve, host (the CPU), cuda (every visible GPU) or both (host, and GPUs if there are any)."`
+	Workers     int      `default:"0" placeholder:"N" help:"Rows that the CPU computes at a time (as many as processors)."`
+	ShadowLimit byteSize `default:"0" placeholder:"SIZE" help:"Most memory of each device for shadows, as in 512MiB or 8GiB (half of what it has and, for the CPU, cgroups allow)."`
+
+	Worker    string `placeholder:"PATH" help:"Program that serves a lease on a GPU (twilight-worker, beside this one)."`
+	Spares    int    `default:"1" placeholder:"N" help:"Workers of each GPU that are kept warm, so that a lease need not wait for one to start; each takes some hundred MB of the GPU (1)."`
+	GPULeases int    `name:"gpu-leases" default:"4" placeholder:"N" help:"Most leases of a GPU at a time, each of which may take an equal share of its --shadow-limit (4)."`
 
 	Admin    *endpoint `placeholder:"URL" help:"Where to serve the budget page, /metrics, /healthz and profiles over HTTP: unix:///PATH or tcp://HOST:PORT, as in tcp://127.0.0.1:9464 (nowhere)."`
 	TraceURL string    `name:"trace-url" placeholder:"URL" help:"Where the budget page links to for a trace, with {trace_id} for its id."`
@@ -45,6 +55,11 @@ type options struct {
 
 // Validate is called by kong.
 func (o *options) Validate() error {
+	for _, name := range o.Backend {
+		if name != backendHost && name != backendCUDA {
+			return fmt.Errorf("--backend: %q is neither host nor cuda", name)
+		}
+	}
 	tcp := false
 	for _, e := range o.Listen {
 		tcp = tcp || e.network == "tcp"
@@ -66,6 +81,10 @@ func (o *options) Validate() error {
 		return errors.New("--listen tcp:// takes --tls-cert, --tls-key and --tls-client-ca, or --insecure-tcp")
 	case o.Workers < 0:
 		return fmt.Errorf("--workers: %d is negative", o.Workers)
+	case o.Spares < 0:
+		return fmt.Errorf("--spares: %d is negative", o.Spares)
+	case o.GPULeases < 1:
+		return fmt.Errorf("--gpu-leases: %d is less than 1", o.GPULeases)
 	case o.DrainTimeout < 0 || o.DrainTimeout > maxDrain:
 		return fmt.Errorf("--drain-timeout: %v is not within 0s and %v", o.DrainTimeout, maxDrain)
 	}

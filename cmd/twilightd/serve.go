@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/cliconf"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 	"github.com/twilight-sidecar/twilight/service"
+	"github.com/twilight-sidecar/twilight/service/workers"
 	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
@@ -64,13 +66,24 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 			return err
 		}
 	}
-	device := host.New(host.Options{
-		Methods: all, Workers: o.Workers, ShadowBytes: uint64(o.ShadowLimit), Log: logger,
-	})
-	config.Devices = []gpu.Device{device}
+	supervisor, err := supervise(ctx, o, told, logger)
+	if err != nil {
+		return err
+	}
+	if supervisor != nil {
+		defer supervisor.Close()
+		config.Remotes = supervisor.Devices()
+	}
+	if len(o.Backend) == 0 || slices.Contains(o.Backend, backendHost) {
+		device := host.New(host.Options{
+			Methods: all, Workers: o.Workers, ShadowBytes: uint64(o.ShadowLimit), Log: logger,
+		})
+		defer device.Close() // Drain does, if it comes to that
+		config.Devices = []gpu.Device{device}
+	}
 	server, err := service.New(config)
 	if err != nil {
-		return errors.Join(err, device.Close())
+		return err
 	}
 	signaled, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -97,6 +110,41 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 		err = errors.Join(err, groupErr)
 	}
 	return err
+}
+
+// supervise finds the GPUs; nil if they are not to be served or, unless --backend says so, there are none.
+func supervise(ctx context.Context, o *options, told *telemetry.Telemetry, logger *slog.Logger) (*workers.Supervisor, error) {
+	named := slices.Contains(o.Backend, backendCUDA)
+	if !named && len(o.Backend) > 0 {
+		return nil, nil
+	}
+	path := o.Worker
+	if path == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		path = filepath.Join(filepath.Dir(self), "twilight-worker")
+		if _, err := os.Stat(path); err != nil && !named {
+			return nil, nil
+		}
+	}
+	supervisor, err := workers.New(ctx, workers.Options{
+		Path: path, Spares: o.Spares, Leases: o.GPULeases, ShadowBytes: uint64(o.ShadowLimit),
+		AllowedUIDs: o.AllowUID, DrainGrace: o.DrainTimeout, Logger: logger, LogLevel: o.LogLevel, Telemetry: told,
+	})
+	if err == nil && len(supervisor.Devices()) == 0 {
+		supervisor.Close()
+		supervisor, err = nil, errors.New("no GPU is visible")
+	}
+	switch {
+	case err == nil:
+		return supervisor, nil
+	case named:
+		return nil, fmt.Errorf("--backend cuda: %w", err)
+	}
+	logger.Warn("serving no GPUs", "error", err)
+	return nil, nil
 }
 
 // start listens, then serves and tests the devices in the background. ctx is that of group.

@@ -120,20 +120,20 @@ func TestCompress(t *testing.T) {
 	})
 }
 
-// TestRealPrompt takes the last 8 tokens of a real text as the window: what it keeps is what the plain
-// version keeps, and holds most of what they attend to.
+// TestRealPrompt: of a real text, by the queries of its last 64 tokens, it keeps what the plain version keeps.
 func TestRealPrompt(t *testing.T) {
 	t.Parallel()
 	real := selectortest.Capture(t)
-	c := &Config{WindowSize: real.Steps, MaxCapacityPrompt: 520, KernelSize: 5, Pooling: avgPool}
+	c := Default()
 	for l := range real.Layers {
 		for kvHead := range real.KVHeads {
 			keys := real.Keys(l, kvHead)
-			row := &compressor.Row{Dim: real.KDim, Len: real.Tokens(), Keys: kvtest.Reader(kv.F16, keys, real.KDim)}
+			row := &compressor.Row{Dim: real.KDim, Len: real.N, Keys: kvtest.Reader(kv.F16, keys, real.KDim)}
 			for h := range real.Group() {
 				var queries []float32
-				for step := range real.Steps {
-					for _, q := range real.Query(l, step, kvHead*real.Group()+h) {
+				for w := range real.Window {
+					at := (w*real.QueryHeads + kvHead*real.Group() + h) * real.KDim
+					for _, q := range real.Layers[l].QWindow[at:][:real.KDim] {
 						queries = append(queries, q*float32(real.Scale))
 					}
 				}

@@ -425,6 +425,9 @@ func (a *armer) left(s *armedStep) {
 
 // abandon answers all steps when the driver fails.
 func (a *armer) abandon(s *armedStep, err error) {
+	if sticky(err) {
+		a.cache.lease.device.owner.lost(explain(err))
+	}
 	var cause *fault.Error
 	if !errors.As(explain(err), &cause) {
 		cause = fault.Newf(fault.Internal, "", "the step failed (%v): report it", err)

@@ -4,12 +4,13 @@ package cuda
 
 import (
 	"context"
-	_ "embed"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -18,19 +19,18 @@ import (
 	"gorgonia.org/cu"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/cuda/engine"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
-//go:embed kernels/bench.fatbin
-var benchFatbin string
-
 var (
-	table  = flag.String("table", "", "shapes that TestTable times: QUERY_HEADS/KV_HEADSxBATCHxTOKENS, separated by commas")
+	table  = flag.String("table", "", "shapes that TestTable times: QUERY_HEADS/KV_HEADSxBATCHxTOKENS[/PAGE_SIZE], separated by commas")
 	force  = flag.String("force", "", "CLUSTERxTHREADS of the fused kernel; its own choice")
 	rounds = flag.Int("rounds", 15, "timings of a shape, of which the median is printed")
+	lines  = flag.String("lines", "", "file to which TestTable writes what it prints, a JSON object a line")
 )
 
 // bench owns GPU memory as an engine does, in this process: lending it would change nothing of what a
@@ -38,16 +38,20 @@ var (
 type bench struct {
 	t       *testing.T
 	device  *Device
-	module  cu.Module
+	engine  *engine.GPU
 	reading float64 // bytes a second
 }
 
 func newBench(t *testing.T) *bench {
 	b := &bench{t: t, device: newDevice(t)}
-	b.do(func() (err error) {
-		b.module, err = cu.LoadFatBinary(benchFatbin)
-		return err
-	})
+	var err error
+	if b.engine, err = engine.Open(""); err != nil {
+		t.Fatal(err)
+	}
+	if b.reading, err = b.engine.ReadRate(8 << 30); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.engine.Close() })
 	return b
 }
 
@@ -56,19 +60,6 @@ func (b *bench) do(f func() error) {
 	if err := b.device.owner.do(context.Background(), f); err != nil {
 		b.t.Fatal(err)
 	}
-}
-
-func (b *bench) launch(name string, blocks, threads int, args ...uint64) error {
-	f, err := b.module.Function(name)
-	if err != nil {
-		return err
-	}
-	l := drv.NewLaunch(f, cu.Stream{}, threads, drv.Block{})
-	defer l.Free()
-	for i, a := range args {
-		l.Set(i, a)
-	}
-	return l.Run(blocks, 1)
 }
 
 // lend makes memory of the GPU look imported into a lease.
@@ -85,38 +76,16 @@ func TestTable(t *testing.T) {
 		t.Skip("no -table")
 	}
 	b := newBench(t)
-	b.measureReading()
 	fmt.Printf("%s, reading %.0f GB/s; medians of %d\n", b.device.name, b.reading/1e9, *rounds)
-	fmt.Println("heads    batch  tokens   dense us  of read | sparse us   spread  of read  times  kept mean (sd) [range]  candidates  blocks a row  call us")
+	fmt.Println("heads    batch  tokens page   dense us  of read | sparse us   spread  of read  times  kept mean (sd) [range]  candidates  blocks a row  call us")
 	for shape := range strings.SplitSeq(*table, ",") {
 		var hq, hkv, batch, tokens int
-		if _, err := fmt.Sscanf(shape, "%d/%dx%dx%d", &hq, &hkv, &batch, &tokens); err != nil {
+		page := 16
+		if n, err := fmt.Sscanf(shape, "%d/%dx%dx%d/%d", &hq, &hkv, &batch, &tokens, &page); n < 4 {
 			t.Fatalf("-table: %q: %v", shape, err)
 		}
-		b.row(hq, hkv, batch, tokens)
+		b.row(hq, hkv, batch, tokens, page)
 	}
-}
-
-func (b *bench) measureReading() {
-	const size = 8 << 30
-	b.do(func() error {
-		at, err := cu.MemAlloc(size)
-		if err != nil {
-			return err
-		}
-		best := math.Inf(1)
-		for range 5 {
-			us, err := timed(cu.Stream{}, func() error {
-				return b.launch("bench_read", b.device.sms*8, 512, uint64(at), size/16, uint64(at))
-			})
-			if err != nil {
-				return err
-			}
-			best = min(best, us)
-		}
-		b.reading = size / best * 1e6
-		return cu.MemFree(at)
-	})
 }
 
 // timed returns how many microseconds of the device f takes.
@@ -144,49 +113,41 @@ func timed(stream cu.Stream, f func() error) (float64, error) {
 	return ms * 1e3, errors.Join(err, cu.DestroyEvent(&events[0]), cu.DestroyEvent(&events[1]))
 }
 
-func (b *bench) row(hq, hkv, batch, tokens int) {
+func (b *bench) row(hq, hkv, batch, tokens, page int) {
 	t := b.t
-	const dim, page = 128, 16
+	const dim = 128
 	pages := batch * tokens / page
-	plane := uint64(pages) * page * uint64(hkv) * dim * 2
+	order := make([]int32, pages)
+	for i, p := range rand.New(rand.NewPCG(1, 2)).Perm(pages) {
+		order[i] = int32(p)
+	}
+	data := &engine.Tensors{
+		PageSize: page, KVHeads: hkv, Dim: dim, QueryHeads: hq, Tables: slices.Collect(slices.Chunk(order, tokens/page)),
+	}
+	plane, queries := uint64(data.PlaneBytes()), uint64(data.QueryBytes())
 	// Enough layers to leave the cache behind, if there is room for them.
 	layers := int(max(1, min(16, (4<<30)/(2*plane))))
-	queries := uint64(batch*hq) * dim * 2
 	size := uint64(layers)*2*plane + 2*queries
-	var at drv.Ptr
-	b.do(func() error {
-		p, err := cu.MemAlloc(int64(size))
-		at = drv.Ptr(p)
-		if err != nil {
-			return err
-		}
-		for i := range layers {
-			base := at + uint64(i)*2*plane
-			if err := b.launch("bench_fill", b.device.sms*8, 256, base, base+plane, plane/2, uint64(hkv), dim, uint64(i+1)); err != nil {
-				return err
-			}
-		}
-		low, high := uint64(360), uint64(450)
-		if tokens > 40000 {
-			low, high = 400, 490
-		}
-		q := at + uint64(layers)*2*plane
-		if err := b.launch("bench_queries", ceilDiv(batch*hq*dim, 256), 256, q, uint64(batch), uint64(hq), uint64(hq/hkv), dim, low, high, 7); err != nil {
-			return err
-		}
-		return cu.Synchronize()
-	})
-	defer b.do(func() error { return cu.MemFree(cu.DevicePtr(at)) })
+	memory, err := b.engine.Alloc(gpu.CUDAIPC, int(size), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer memory.Release()
+	err = memory.FillQueries(data, layers*2*int(plane), 7)
+	for i := range layers {
+		at := i * 2 * int(plane)
+		err = errors.Join(err, memory.FillPlanes(data, at, at+int(plane), uint64(i+1)))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := memory.Address()
 
-	order := rand.New(rand.NewPCG(1, 2)).Perm(pages)
-	step := &kv.Step{}
+	step := &kv.Step{TableEntries: order}
 	for s := range batch {
 		step.Sequences = append(step.Sequences, uint64(s+1))
 		step.Lengths = append(step.Lengths, int32(tokens))
 		step.TableCounts = append(step.TableCounts, uint32(tokens/page))
-	}
-	for _, p := range order {
-		step.TableEntries = append(step.TableEntries, int32(p))
 	}
 	all, err := methods.New()
 	if err != nil {
@@ -208,7 +169,7 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 		l := opened.(*lease)
 		defer l.Close()
 		m := b.lend(l, at, size)
-		strides := gpu.Strides{Page: page * uint64(hkv) * dim * 2, Head: dim * 2, Token: uint64(hkv) * dim * 2}
+		strides := gpu.Strides{Page: uint64(page) * uint64(hkv) * dim * 2, Head: dim * 2, Token: uint64(hkv) * dim * 2}
 		spec := &gpu.CacheSpec{DType: kv.F16, PageSize: page, NumPages: pages, K: strides, V: strides, NullPage: -1}
 		for i := range layers {
 			offset := uint64(i) * 2 * plane
@@ -301,9 +262,41 @@ func (b *bench) row(hq, hkv, batch, tokens int) {
 	if c.call.fused {
 		path = fmt.Sprintf("%d x %d", c.call.plan.cluster, c.lease.fused.variants[c.call.plan.variant].Threads)
 	}
-	fmt.Printf("%2d/%-2d %8d %8d %9.1f %8.2f | %9.1f %4.1f%%-%4.1f%% %6.2f %6.2f  %8.0f (%.0f) [%d, %d]  %d  %s  %.0f\n",
-		hq, hkv, batch, tokens, median(dense), 2*float64(plane)/median(dense)*1e6/b.reading,
-		median(sparse), 100*(sparse[0]/median(sparse)-1), 100*(sparse[len(sparse)-1]/median(sparse)-1),
-		bytes/median(sparse)*1e6/b.reading, median(dense)/median(sparse),
-		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), res.Candidates[0], path, float64(calls[len(calls)/2].Nanoseconds())/1e3)
+	row := line{
+		QueryHeads: hq, KVHeads: hkv, Batch: batch, Tokens: tokens, PageSize: page,
+		Dense: median(dense), DenseRead: 2 * float64(plane) / median(dense) * 1e6 / b.reading,
+		Sparse: median(sparse), SparseRead: bytes / median(sparse) * 1e6 / b.reading, Bytes: bytes,
+		Kept: mean, Candidates: int(res.Candidates[0]), Path: path, Call: float64(calls[len(calls)/2].Nanoseconds()) / 1e3,
+	}
+	fmt.Printf("%2d/%-2d %8d %8d %4d %9.1f %8.2f | %9.1f %4.1f%%-%4.1f%% %6.2f %6.2f  %8.0f (%.0f) [%d, %d]  %d  %s  %.0f\n",
+		hq, hkv, batch, tokens, page, row.Dense, row.DenseRead,
+		row.Sparse, 100*(sparse[0]/row.Sparse-1), 100*(sparse[len(sparse)-1]/row.Sparse-1), row.SparseRead, row.Dense/row.Sparse,
+		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), row.Candidates, path, row.Call)
+	if *lines != "" {
+		f, err := os.OpenFile(*lines, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+		if err == nil {
+			err = errors.Join(json.NewEncoder(f).Encode(row), f.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// line is a row of the table, times in microseconds a layer.
+type line struct {
+	QueryHeads int     `json:"query_heads"`
+	KVHeads    int     `json:"kv_heads"`
+	Batch      int     `json:"batch"`
+	Tokens     int     `json:"tokens"`
+	PageSize   int     `json:"page_size"`
+	Dense      float64 `json:"dense_us"`
+	DenseRead  float64 `json:"dense_of_read"`
+	Sparse     float64 `json:"sparse_us"`
+	SparseRead float64 `json:"sparse_of_read"`
+	Bytes      float64 `json:"sparse_bytes"`
+	Kept       float64 `json:"kept"`
+	Candidates int     `json:"candidates"`
+	Path       string  `json:"path"`
+	Call       float64 `json:"call_us"`
 }

@@ -12,11 +12,15 @@ NVCC_FLAGS := -fatbin -O3 -std=c++17
 # Three quarters smaller; drivers read it from 550 on.
 CUDA_COMPRESS := -compress-mode=size
 
+# The commands that link the driver, of those that are there.
+CUDA_COMMANDS = $(wildcard ./cmd/twilight-worker ./cmd/twilight-engine)
+
 CUDA_ENV = . $(CUDA_TOOLCHAIN)/env.sh &&
 KERNELS := gpu/cuda/kernels
-KERNEL_SOURCES := $(sort $(wildcard $(KERNELS)/*.cu $(KERNELS)/*.cuh $(KERNELS)/*.h))
+LOAD := gpu/cuda/engine/load
+KERNEL_SOURCES := $(sort $(wildcard $(KERNELS)/*.cu $(KERNELS)/*.cuh $(KERNELS)/*.h) $(LOAD).cu)
 GENCODE = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) $(foreach a,$(2),-gencode arch=compute_$(a),code=compute_$(a))
-COMPILE = $(CUDA_ENV) nvcc $(NVCC_FLAGS) $(CUDA_COMPRESS) $(call GENCODE,$(2),$(3)) -o $(KERNELS)/$(1).fatbin $(KERNELS)/$(1).cu
+COMPILE = $(CUDA_ENV) nvcc $(NVCC_FLAGS) $(CUDA_COMPRESS) $(call GENCODE,$(2),$(3)) -o $(1).fatbin $(1).cu
 # What the fatbins were made of, so that a change without `make kernels` is seen where nvcc is not.
 KERNEL_SUM = { cat $(KERNEL_SOURCES); \
 	echo $(NVCC_FLAGS) $(CUDA_COMPRESS) $(CUDA_ARCHS) $(CUDA_PTX) $(CUDA_CLUSTER_ARCHS) $(CUDA_CLUSTER_PTX); } | sha256sum | cut -d ' ' -f 1
@@ -27,11 +31,11 @@ cuda-toolchain: ## Make nvcc, headers and a libcuda to link against in CUDA_TOOL
 
 .PHONY: kernels
 kernels: cuda-toolchain ## Compile the CUDA kernels to the fatbins that are embedded
-	$(call COMPILE,chain,$(CUDA_ARCHS),$(CUDA_PTX))
-	$(call COMPILE,dense,$(CUDA_ARCHS),$(CUDA_PTX))
-	$(call COMPILE,armed,$(CUDA_ARCHS),$(CUDA_PTX))
-	$(call COMPILE,fused,$(CUDA_CLUSTER_ARCHS),$(CUDA_CLUSTER_PTX))
-	$(call COMPILE,bench,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,$(KERNELS)/chain,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,$(KERNELS)/dense,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,$(KERNELS)/armed,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,$(KERNELS)/fused,$(CUDA_CLUSTER_ARCHS),$(CUDA_CLUSTER_PTX))
+	$(call COMPILE,$(LOAD),$(CUDA_ARCHS),$(CUDA_PTX))
 	@$(KERNEL_SUM) >$(KERNELS)/sources.sha256
 
 .PHONY: check-kernels
@@ -42,15 +46,31 @@ check-kernels: ## Fail unless the embedded kernels were made of these sources an
 # One target, of which the compiler's report tells registers and spills.
 .PHONY: try-kernels
 try-kernels: cuda-toolchain ## Compile the CUDA kernels for one architecture, and throw the result away
-	$(CUDA_ENV) for kernel in chain dense fused armed bench; do \
-		nvcc $(NVCC_FLAGS) -Xptxas -warn-spills $(call GENCODE,90a,) -o /dev/null $(KERNELS)/$$kernel.cu; \
+	$(CUDA_ENV) for kernel in $(KERNELS)/{chain,dense,fused,armed} $(LOAD); do \
+		nvcc $(NVCC_FLAGS) -Xptxas -warn-spills $(call GENCODE,90a,) -o /dev/null $$kernel.cu; \
 	done
 
 .PHONY: build-cuda
-build-cuda: cuda-toolchain ## Build the commands that need a GPU's driver into bin/
-	$(CUDA_ENV) $(GO) build -tags cuda -trimpath -o bin/ ./cmd/...
+build-cuda: build cuda-toolchain ## Build all commands into bin/: also those that need a GPU's driver, by cgo
+	$(CUDA_ENV) $(GO) build -tags cuda -trimpath -o bin/ $(CUDA_COMMANDS)
 
 .PHONY: vet-cuda
 vet-cuda: cuda-toolchain ## Check the CUDA backend, and build its tests to run on a GPU machine: bin/cuda.test
-	$(CUDA_ENV) $(GO) vet -tags cuda ./gpu/cuda/...
+	$(CUDA_ENV) $(GO) vet -tags cuda ./gpu/cuda/... ./cmd/...
 	$(CUDA_ENV) $(GO) test -tags cuda -c -o bin/cuda.test ./gpu/cuda
+
+BUNDLE := bin/gpu-bundle
+# Without symbols: bundles are carried around.
+BUNDLE_FLAGS := -trimpath -ldflags='-s -w'
+
+.PHONY: gpu-bundle
+gpu-bundle: cuda-toolchain ## Put all that a GPU machine needs to check and benchmark it into bin/gpu-bundle: run.sh there
+	rm -rf $(BUNDLE)
+	mkdir -p $(BUNDLE)/configs
+	CGO_ENABLED=0 $(GO) build $(BUNDLE_FLAGS) -o $(BUNDLE)/ ./cmd/twilight ./cmd/twilightd
+	$(CUDA_ENV) $(GO) build -tags cuda $(BUNDLE_FLAGS) -o $(BUNDLE)/ $(CUDA_COMMANDS)
+	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/cuda.test ./gpu/cuda
+	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/engine.test ./cmd/twilight-engine
+	cp gpu/cuda/bundle/* benchmark/efficiency/peers.py testdata/smollm2-demo.safetensors $(BUNDLE)/
+	cp benchmark/configs/config_{full,quest_twi_p95}.json $(BUNDLE)/configs/
+	@du -h -a $(BUNDLE) | sort -h

@@ -57,7 +57,7 @@ func TestSelfTest(t *testing.T) {
 // TestConformance runs the suite that every device must pass, on memory of another process. Memory by
 // VMM, which comes in chunks of megabytes only, is left to TestAgainstHost.
 func TestConformance(t *testing.T) {
-	_, uuid, err := find("")
+	_, uuid, err := drv.Find("")
 	if err != nil {
 		t.Fatal(err)
 	}

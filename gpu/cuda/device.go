@@ -35,11 +35,11 @@ type Options struct {
 	// FusedFrom is the length in tokens from which a batch runs in the fused kernel, where one serves it;
 	// 2048. Negative: never. That kernel does not estimate mass and coverage.
 	FusedFrom int
-	// Stuck is told of work on the GPU that can neither end nor be ended: only the end of the process
-	// helps. nil: it panics.
-	Stuck func(what string)
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
+	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context or
+	// work can neither end nor be ended: only a new process can go on. It must not block.
+	Lost func(error)
 }
 
 // Device is one GPU.
@@ -63,7 +63,7 @@ var _ gpu.Device = (*Device)(nil)
 
 // New takes a GPU, whose primary context stays until Close.
 func New(o Options) (*Device, error) {
-	device, uuid, err := find(o.UUID)
+	device, uuid, err := drv.Find(o.UUID)
 	if err != nil {
 		return nil, err
 	}
@@ -84,7 +84,7 @@ func New(o Options) (*Device, error) {
 	l.ShadowBytes = min(cmp.Or(l.ShadowBytes, d.options.ShadowBytes), d.options.ShadowBytes)
 	l.Batch = cmp.Or(l.Batch, 4096)
 	l.SequenceTokens = cmp.Or(l.SequenceTokens, 1<<20)
-	if d.owner, err = newOwner(device); err != nil {
+	if d.owner, err = newOwner(device, o.Lost); err != nil {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
@@ -98,30 +98,6 @@ func New(o Options) (*Device, error) {
 		return nil, fmt.Errorf("load the kernels: %w", err)
 	}
 	return d, nil
-}
-
-// find returns the GPU of a UUID, or the only one.
-func find(uuid string) (cu.Device, string, error) {
-	n, err := cu.NumDevices()
-	if err != nil {
-		return 0, "", drv.Wrap("cuDeviceGetCount", err)
-	}
-	var names []string
-	for i := range n {
-		device, err := cu.GetDevice(i)
-		if err != nil {
-			return 0, "", drv.Wrap("cuDeviceGet", err)
-		}
-		name, err := drv.UUID(device)
-		if err != nil {
-			return 0, "", err
-		}
-		if name == uuid || uuid == "" && n == 1 {
-			return device, name, nil
-		}
-		names = append(names, name)
-	}
-	return 0, "", fault.Newf(fault.NotFound, "device", "%q names none of the visible GPUs %q: name one", uuid, names)
 }
 
 // Info implements gpu.Device.
@@ -189,7 +165,11 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens, nil
+	return m.bytesPerToken(g), nil
+}
+
+func (m *method) bytesPerToken(g *kv.Geometry) float64 {
+	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
 }
 
 // Open implements gpu.Device.
@@ -234,9 +214,7 @@ func (d *Device) Close() error {
 	return errors.Join(errs...)
 }
 
+// stuck tells of work that can neither end nor be ended.
 func (d *Device) stuck(what string) {
-	if d.options.Stuck == nil {
-		panic("the GPU does not get through " + what)
-	}
-	d.options.Stuck(what)
+	d.owner.lost(fault.Newf(fault.Unavailable, "", "the GPU does not get through %s: this worker cannot go on, open a lease anew", what))
 }

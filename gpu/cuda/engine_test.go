@@ -15,13 +15,11 @@ import (
 	"sync"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
-	"gorgonia.org/cu"
 
 	"github.com/twilight-sidecar/twilight/gpu"
-	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
+	"github.com/twilight-sidecar/twilight/gpu/cuda/engine"
 	"github.com/twilight-sidecar/twilight/gpu/gputest"
 )
 
@@ -30,6 +28,7 @@ import (
 const engineEnv = "TWILIGHT_TEST_ENGINE"
 
 func TestMain(m *testing.M) {
+	os.Setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32") // as a worker's supervisor does
 	if os.Getenv(engineEnv) != "" {
 		if err := serveEngine(); err != nil {
 			fmt.Fprintln(os.Stderr, "engine:", err)
@@ -58,31 +57,14 @@ type engineReply struct {
 	Data   []byte
 }
 
-// allocation is memory of the engine. What it lends starts headroom bytes inside.
-type allocation struct {
-	kind     gpu.RegionKind
-	at       drv.Ptr
-	headroom uint64
-	chunks   []drv.Physical
-	each     uint64
-}
-
 func serveEngine() error {
-	runtime.LockOSThread()
-	device, err := cu.GetDevice(0)
+	device, err := engine.Open("")
 	if err != nil {
-		return err
-	}
-	primary, err := device.RetainPrimaryCtx()
-	if err != nil {
-		return err
-	}
-	if err := cu.SetCurrentContext(primary); err != nil {
 		return err
 	}
 	calls := os.NewFile(3, "calls")
 	enc, dec := gob.NewEncoder(calls), gob.NewDecoder(calls)
-	all := map[int]*allocation{}
+	all := map[int]*engine.Memory{}
 	for next := 1; ; next++ {
 		var req engineRequest
 		switch err := dec.Decode(&req); {
@@ -107,89 +89,41 @@ func serveEngine() error {
 	}
 }
 
-func serveCall(device cu.Device, all map[int]*allocation, next int, req *engineRequest) (reply engineReply, fds []int, err error) {
-	a := all[req.ID]
+func serveCall(device *engine.GPU, all map[int]*engine.Memory, next int, req *engineRequest) (reply engineReply, fds []int, err error) {
+	m := all[req.ID]
 	switch req.Op {
 	case "alloc":
-		if a, err = allocate(device, req.Kind, req.Size, uint64(req.Offset)); err != nil {
+		if m, err = device.Alloc(req.Kind, req.Size, req.Offset); err != nil {
 			return reply, nil, err
 		}
-		all[next] = a
+		all[next] = m
 		reply.ID = next
-		return reply, nil, errors.Join(cu.MemsetD8(cu.DevicePtr(a.at), 0, int64(req.Size)), cu.Synchronize())
+		return reply, nil, nil
 	case "free":
 		delete(all, req.ID)
-		return reply, nil, a.free()
+		return reply, nil, m.Release()
 	case "write":
-		err = cu.MemcpyHtoD(cu.DevicePtr(a.at+uint64(req.Offset)), unsafe.Pointer(unsafe.SliceData(req.Data)), int64(len(req.Data)))
-		return reply, nil, errors.Join(err, cu.Synchronize())
+		return reply, nil, m.Write(req.Offset, req.Data)
 	case "read":
 		reply.Data = make([]byte, req.Size)
-		return reply, nil, cu.MemcpyDtoH(unsafe.Pointer(unsafe.SliceData(reply.Data)), cu.DevicePtr(a.at+uint64(req.Offset)), int64(req.Size))
+		return reply, nil, m.Read(req.Offset, reply.Data)
 	case "export":
-		if a.kind == gpu.CUDAIPC {
-			handle, err := drv.IPCHandle(a.at)
-			if err != nil {
-				return reply, nil, err
-			}
-			base, _, err := drv.AddressRange(a.at)
-			reply.Handle, reply.Offset = handle[:], a.at-base
+		region, err := m.Export(0, m.Size(), true)
+		if err != nil {
 			return reply, nil, err
 		}
-		reply.Offset = a.headroom
-		for _, chunk := range a.chunks {
-			fd, err := chunk.ExportFD()
-			if err != nil {
-				return reply, fds, err
+		reply.Offset = region.Offset
+		for _, chunk := range region.Chunks {
+			if chunk.FD < 0 {
+				reply.Handle = chunk.Handle
+				continue
 			}
-			fds = append(fds, fd)
-			reply.Chunks = append(reply.Chunks, a.each)
+			fds = append(fds, chunk.FD)
+			reply.Chunks = append(reply.Chunks, chunk.Size)
 		}
 		return reply, fds, nil
 	}
 	return reply, nil, fmt.Errorf("unknown call %q", req.Op)
-}
-
-func allocate(device cu.Device, kind gpu.RegionKind, size int, headroom uint64) (*allocation, error) {
-	a := &allocation{kind: kind, headroom: headroom}
-	if kind == gpu.CUDAIPC {
-		at, err := cu.MemAlloc(int64(size) + int64(headroom))
-		a.at = drv.Ptr(at) + headroom
-		return a, err
-	}
-	var err error
-	if a.each, err = drv.Granularity(device); err != nil {
-		return nil, err
-	}
-	n := (uint64(size) + headroom + a.each - 1) / a.each
-	start, err := drv.Reserve(n * a.each)
-	if err != nil {
-		return nil, err
-	}
-	for i := range n {
-		chunk, err := drv.Create(device, a.each)
-		if err != nil {
-			return nil, err
-		}
-		if err := drv.Map(start+i*a.each, a.each, chunk); err != nil {
-			return nil, err
-		}
-		a.chunks = append(a.chunks, chunk)
-	}
-	a.at = start + headroom
-	return a, drv.Allow(start, n*a.each, device, true)
-}
-
-func (a *allocation) free() error {
-	if a.kind == gpu.CUDAIPC {
-		return cu.MemFree(cu.DevicePtr(a.at - a.headroom))
-	}
-	total := uint64(len(a.chunks)) * a.each
-	err := drv.Unmap(a.at-a.headroom, total)
-	for _, chunk := range a.chunks {
-		err = errors.Join(err, chunk.Release())
-	}
-	return errors.Join(err, drv.Unreserve(a.at-a.headroom, total))
 }
 
 // engineProcess is the test's end of the engine.
@@ -273,13 +207,13 @@ var _ gputest.Memory = lender{}
 
 func (l lender) Alloc(t testing.TB, size int) gputest.Buffer {
 	t.Helper()
-	engine, err := startEngine()
+	process, err := startEngine()
 	if err != nil {
 		t.Fatal(err)
 	}
-	reply, _ := engine.call(t, &engineRequest{Op: "alloc", Kind: l.kind, Size: size, Offset: l.headroom})
-	t.Cleanup(func() { engine.call(t, &engineRequest{Op: "free", ID: reply.ID}) })
-	return &lent{lender: l, engine: engine, id: reply.ID}
+	reply, _ := process.call(t, &engineRequest{Op: "alloc", Kind: l.kind, Size: size, Offset: l.headroom})
+	t.Cleanup(func() { process.call(t, &engineRequest{Op: "free", ID: reply.ID}) })
+	return &lent{lender: l, engine: process, id: reply.ID}
 }
 
 type lent struct {

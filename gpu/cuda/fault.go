@@ -11,6 +11,12 @@ import (
 
 var errClosed = fault.Newf(fault.Unavailable, "", "the lease is closed: open another")
 
+// sticky tells whether an error ended the context.
+func sticky(err error) bool {
+	var code drv.Code
+	return errors.As(err, &code) && code.Sticky()
+}
+
 // explain turns what the driver says into what the engine is told.
 func explain(err error) error {
 	var code drv.Code
@@ -18,7 +24,7 @@ func explain(err error) error {
 		return err
 	}
 	switch {
-	case code.Sticky():
+	case sticky(err):
 		return fault.Newf(fault.Unavailable, "",
 			"the GPU's context was lost (%v): this worker cannot go on, open a lease anew", err)
 	case code == drv.OutOfMemory:

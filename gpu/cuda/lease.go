@@ -240,17 +240,17 @@ func (l *lease) plan(spec *gpu.CacheSpec) (*plan, error) {
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
+func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return 0, errClosed
+		return 0, 0, errClosed
 	}
 	p, err := l.plan(spec)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	return p.shadow, nil
+	return p.shadow, l.method.bytesPerToken(&l.geometry), nil
 }
 
 // NewCache implements gpu.Lease.

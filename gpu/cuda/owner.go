@@ -4,7 +4,6 @@ package cuda
 
 import (
 	"context"
-	"os"
 	"runtime"
 	"sync"
 
@@ -19,6 +18,7 @@ type owner struct {
 	calls chan *call
 	ended chan struct{}
 	pool  sync.Pool
+	lost  func(error) // once
 }
 
 type call struct {
@@ -26,17 +26,13 @@ type call struct {
 	done chan error
 }
 
-// newOwner starts the thread with the device's primary context current.
-func newOwner(device cu.Device) (*owner, error) {
-	// Streams that wait for words keep the few channels that a process has, above all under MPS. It is read
-	// when the context is made.
-	const connections = "CUDA_DEVICE_MAX_CONNECTIONS"
-	if os.Getenv(connections) == "" {
-		if err := os.Setenv(connections, "32"); err != nil {
-			return nil, err
-		}
+// newOwner starts the thread with the device's primary context current. lost may be nil.
+func newOwner(device cu.Device, lost func(error)) (*owner, error) {
+	o := &owner{calls: make(chan *call), ended: make(chan struct{}), lost: func(error) {}}
+	if lost != nil {
+		var once sync.Once
+		o.lost = func(err error) { once.Do(func() { lost(err) }) }
 	}
-	o := &owner{calls: make(chan *call), ended: make(chan struct{})}
 	o.pool.New = func() any { return &call{done: make(chan error, 1)} }
 	started := make(chan error)
 	go o.serve(device, started)
@@ -55,7 +51,11 @@ func (o *owner) serve(device cu.Device, started chan<- error) {
 		return
 	}
 	for c := range o.calls {
-		c.done <- c.run()
+		err := c.run()
+		if sticky(err) {
+			o.lost(explain(err))
+		}
+		c.done <- err
 	}
 	_ = device.ReleasePrimaryCtx() // nothing can be done about it, and the process ends next
 }

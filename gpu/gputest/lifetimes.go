@@ -96,7 +96,7 @@ func testLifetimes(t *testing.T, s *suite) {
 		refused(t, err, fault.Unavailable, "")
 		_, err = e.lease.NewCache(t.Context(), e.spec)
 		refused(t, err, fault.Unavailable, "")
-		_, err = e.lease.ShadowBytes(e.spec)
+		_, _, err = e.lease.ShadowBytes(e.spec)
 		refused(t, err, fault.Unavailable, "")
 		_, err = e.lent.Digest(t.Context(), 0, 1)
 		refused(t, err, fault.Unavailable, "")
@@ -134,7 +134,10 @@ func testShadowBytes(t *testing.T, s *suite) {
 	before := s.device.Info().ShadowBytesFree
 	setup := standard()
 	e := s.engine(t, setup)
-	told := must(e.lease.ShadowBytes(e.spec))(t)
+	told, each, err := e.lease.ShadowBytes(e.spec)
+	if err != nil {
+		t.Fatal(err)
+	}
 	if took := e.cache.ShadowBytes(); took != told {
 		t.Errorf("the shadow takes %d bytes, told were %d", took, told)
 	}
@@ -143,6 +146,9 @@ func testShadowBytes(t *testing.T, s *suite) {
 	}
 	perToken := must(s.device.ShadowBytesPerToken(&e.geometry, s.parse(t, e.config)))(t)
 	tokens := e.layout.NumPages * e.layout.PageSize
+	if perToken != each {
+		t.Errorf("a token takes %v bytes, told were %v", each, perToken)
+	}
 	if perToken <= 0 || math.Abs(float64(told)/(perToken*float64(tokens))-1) > 0.1 {
 		t.Errorf("%d bytes for %d tokens, but %v each", told, tokens, perToken)
 	}
@@ -151,7 +157,7 @@ func testShadowBytes(t *testing.T, s *suite) {
 	sequences := s.engine(t, setup)
 	spec := *sequences.spec
 	spec.MaxTokens = math.MaxInt32
-	_, err := sequences.lease.NewCache(t.Context(), &spec)
+	_, err = sequences.lease.NewCache(t.Context(), &spec)
 	refused(t, err, fault.Exhausted, "num_pages")
 	var limit *fault.Error
 	if errors.As(err, &limit) && (limit.Requested <= limit.Available || limit.Available == 0) {

@@ -160,7 +160,7 @@ func testCacheRefusals(t *testing.T, s *suite) {
 		if err == nil {
 			cache.Close()
 		}
-		_, err = e.lease.ShadowBytes(&spec)
+		_, _, err = e.lease.ShadowBytes(&spec)
 		refused(t, err, c.kind, c.field)
 	}
 	for field, change := range map[string]func(c *gpu.CacheSpec){

@@ -131,7 +131,7 @@ var errNoStep = fault.Newf(fault.Precondition, "step_id", "the cache has no step
 // and returns the time that took, summed over workers. After an error the layer counts as not indexed
 // at all.
 func (c *cache) indexLayer(ctx context.Context, i int, stats *kv.IndexStats) (time.Duration, error) {
-	if c.selector == nil && c.estimator == nil {
+	if c.selector == nil && c.estimator == nil || c.layers[i].slot == noSlot {
 		return 0, nil
 	}
 	x := &c.indexing

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
-	"math"
 	"os"
 	"runtime"
 	"slices"
@@ -14,7 +13,6 @@ import (
 	"sync"
 
 	"github.com/viterin/vek/vek32"
-	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/internal/fault"
@@ -36,8 +34,8 @@ type Options struct {
 	Methods *pipeline.Methods
 	// Workers is how many goroutines compute; 0 means GOMAXPROCS.
 	Workers int
-	// ShadowBytes bounds the shadows of all leases together; 0 means half of the machine's memory, which
-	// may be more than a container is allowed.
+	// ShadowBytes bounds the shadows of all leases together; 0 means half of the memory that the machine has
+	// and the process's cgroups (version 2) allow.
 	ShadowBytes uint64
 	// Limits bound each lease; zero fields mean 4096 rows, 1,048,576 tokens, and all of ShadowBytes.
 	Limits gpu.Limits
@@ -72,14 +70,6 @@ func New(o Options) *Device {
 	return &Device{options: o, name: cpuName(), pool: newPool(o.Workers), leases: map[*lease]struct{}{}}
 }
 
-func memoryBytes() uint64 {
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
-		return math.MaxInt64
-	}
-	return info.Totalram * uint64(info.Unit)
-}
-
 // Info implements gpu.Device.
 func (d *Device) Info() gpu.Info {
 	d.mu.Lock()
@@ -106,10 +96,13 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	_, selector := recordBytes(l.selector, g.KDim)
-	_, estimator := recordBytes(l.estimator, g.KDim)
-	records := float64(g.Layers*g.KVHeads*(selector+estimator)) / kv.ChunkTokens
-	return records + float64(l.pipeline.StateBytesPerToken()), nil
+	layers := 0
+	for layer := range g.Layers {
+		if !l.pipeline.Skips(layer) {
+			layers++
+		}
+	}
+	return l.bytesPerToken(layers), nil
 }
 
 // Open implements gpu.Device.

@@ -324,6 +324,100 @@ func truncate(t *testing.T, fd int) {
 	}
 }
 
+// TestRead: what layers read is what methods' formats take, of 4-byte keys and values of 64 elements.
+func TestRead(t *testing.T) {
+	t.Parallel()
+	const (
+		heads, tokens, candidates = 2, 320, 128 // KV heads, each with 4 query heads
+		vector                    = 64 * 4
+		bounds                    = 2 * 64 * 2 * tokens / 16 // fp16 minima and maxima of each chunk
+		trained                   = 12 * 64                  // of channels' statistics
+		estimate                  = 64/2 + 4                 // 4 bits an element, fp16 scale and zero
+	)
+	rows := func(config string) (cache, shadow int, kept uint64) {
+		p := newProblem(t, newDevice(t, Options{Workers: 1}), config, 1, tokens)
+		result := p.run(t)
+		for _, n := range result.Kept {
+			kept += uint64(n)
+		}
+		return int(result.Read.Cache), int(result.Read.Shadow), kept
+	}
+	for name, test := range map[string]struct {
+		config        string
+		cache, shadow func(kept int) int
+	}{
+		"dense": {
+			`{}`,
+			func(int) int { return heads * tokens * 2 * vector }, func(int) int { return 0 },
+		},
+		"quest": {
+			`{"skip_first_two_layers": false, "selector": {"type": "quest", "token_budget": 128}}`,
+			func(int) int { return heads * candidates * 2 * vector }, func(int) int { return heads * bounds },
+		},
+		"quest and top-p": {
+			questTopP,
+			func(kept int) int { return kept * 2 * vector },
+			func(int) int { return heads * (bounds + trained + candidates*estimate) },
+		},
+		"oracle": { // reads each key to select, and those selected again
+			`{"skip_first_two_layers": false, "selector": {"type": "oracle_topk", "token_budget": 128}}`,
+			func(int) int { return heads * (tokens + 2*candidates) * vector }, func(int) int { return 0 },
+		},
+	} {
+		cache, shadow, kept := rows(test.config)
+		if wantCache, wantShadow := test.cache(int(kept)), test.shadow(int(kept)); cache != wantCache || shadow != wantShadow {
+			t.Errorf("%s: read %d and %d bytes of cache and shadow, want %d and %d", name, cache, shadow, wantCache, wantShadow)
+		}
+	}
+}
+
+// TestSkippedLayers: they are not indexed and take no shadow, and others are as they would be alone.
+func TestSkippedLayers(t *testing.T) {
+	t.Parallel()
+	d := newDevice(t, Options{Workers: 1})
+	config := strings.Replace(questTopP, "false", "true", 1)
+	p := newDeepProblem(t, d, config, 3, 1, 320)
+	every := newDeepProblem(t, d, questTopP, 3, 1, 320)
+	if one, all := p.cache.ShadowBytes(), every.cache.ShadowBytes(); one == 0 || 3*one != all {
+		t.Errorf("one layer of three takes %d bytes of shadow, all take %d", one, all)
+	}
+	g := &p.lease.(*lease).geometry
+	for name, problem := range map[string]*problem{config: p, questTopP: every} {
+		parsed, err := d.options.Methods.Parse([]byte(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		perToken, err := d.ShadowBytesPerToken(g, parsed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// Head records come on top.
+		if total := float64(problem.cache.ShadowBytes()); total < perToken*320 || total > perToken*320*1.5 {
+			t.Errorf("the shadow takes %v bytes, %v a token", total, perToken)
+		}
+	}
+	for layer := range 3 {
+		request, got, want := p.request(), &gpu.LayerResult{}, &gpu.LayerResult{}
+		request.Layer = layer
+		if err := p.cache.Layer(t.Context(), request, got); err != nil {
+			t.Fatal(err)
+		}
+		if err := every.cache.Layer(t.Context(), request, want); err != nil {
+			t.Fatal(err)
+		}
+		if layer < 2 {
+			if got.Paths[0] != pipeline.Dense || got.Reasons[0] != pipeline.SkippedLayer || got.Index.TokensIndexed != 0 {
+				t.Errorf("layer %d: %v, %v, %d tokens indexed", layer, got.Paths[0], got.Reasons[0], got.Index.TokensIndexed)
+			}
+			continue
+		}
+		got.Timing, want.Timing = gpu.Timing{}, gpu.Timing{}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("layer %d: %+v, want %+v", layer, got, want)
+		}
+	}
+}
+
 // interrupted is a shadow that calls a hook when it has trained a head.
 type interrupted struct {
 	kv.Shadow

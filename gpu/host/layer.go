@@ -405,9 +405,9 @@ func (c *cache) finish(a *call) {
 	}
 }
 
-// countRead adds what a row read. A selector reads the records of all chunks, an estimator those of its
-// candidates, or their keys if it keeps no records; attention reads keys and values, but no keys whose
-// logits are known.
+// countRead adds what a row read. A selector reads the records of all chunks, or keys, an estimator the
+// records of its candidates, or their keys if it keeps none; attention reads keys and values, but no keys
+// whose logits are known.
 func (c *cache) countRead(read *gpu.Read, a *call, seq *kv.SeqRow, result *pipeline.Result) {
 	keys, values := &c.layers[a.layer].k, &c.layers[a.layer].v
 	k, v := uint64(keys.Dim*keys.DType.Size()), uint64(values.Dim*values.DType.Size())
@@ -420,6 +420,7 @@ func (c *cache) countRead(read *gpu.Read, a *call, seq *kv.SeqRow, result *pipel
 		}
 		return
 	}
+	read.Cache += uint64(result.KeysSelected) * k
 	for i, kept := range result.Kept {
 		candidates, kept := uint64(result.Candidates[i]), uint64(kept)
 		if c.selector != nil {

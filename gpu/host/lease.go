@@ -204,14 +204,23 @@ func (l *lease) explain(err error, extents ...extent) error {
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (uint64, error) {
+func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
-		return 0, errClosed
+		return 0, 0, errClosed
 	}
 	p, err := l.plan(spec)
-	return add(p.arena, p.state), err
+	return add(p.arena, p.state), l.bytesPerToken(p.indexed), err
+}
+
+// bytesPerToken is what a token takes of some layers that are not skipped.
+func (l *lease) bytesPerToken(layers int) float64 {
+	g := &l.geometry
+	_, selector := recordBytes(l.selector, g.KDim)
+	_, estimator := recordBytes(l.estimator, g.KDim)
+	records := float64(layers*g.KVHeads*(selector+estimator)) / kv.ChunkTokens
+	return records + float64(l.pipeline.StateBytesPerToken(layers))
 }
 
 // NewCache implements gpu.Lease.
@@ -240,6 +249,7 @@ func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, e
 // plan is a cache for which nothing has been taken yet.
 type plan struct {
 	layers  []layer
+	indexed int // layers that are not skipped
 	tracker kv.TrackerConfig
 	chunks  int
 
@@ -263,13 +273,14 @@ func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
 	if p.layers, err = l.layers(spec); err != nil {
 		return p, err
 	}
-	chunks, heads := uint64(p.chunks), uint64(g.Layers*g.KVHeads)
+	p.indexed = indexed(p.layers)
+	chunks, heads := uint64(p.chunks), uint64(p.indexed*g.KVHeads)
 	for _, method := range []kv.Shadow{l.selector, l.estimator} {
 		head, chunk := recordBytes(method, g.KDim)
 		p.arena = add(p.arena, mul(heads, add(uint64(head), mul(chunks, uint64(chunk)))))
 	}
 	p.tokens = cmp.Or(spec.MaxTokens, spec.NumPages*spec.PageSize)
-	p.state = mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken()))
+	p.state = mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken(p.indexed)))
 	p.taken = add(add(p.arena, p.state), mul(chunks, uint64(6*g.Layers+10)))
 	return p, nil
 }

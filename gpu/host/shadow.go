@@ -8,7 +8,7 @@ import (
 )
 
 // shadow holds one method's records of a cache: for each (layer, KV head) a head record and, in another
-// block, a chunk record for each chunk id.
+// block, a chunk record for each chunk id. Layers that are skipped have none.
 type shadow struct {
 	method                kv.Shadow
 	dim                   int
@@ -29,6 +29,16 @@ func recordBytes(method kv.Shadow, dim int) (head, chunk int) {
 	return method.HeadBytes(dim), method.ChunkBytes(dim)
 }
 
+// indexed counts the layers that are not skipped.
+func indexed(layers []layer) (n int) {
+	for i := range layers {
+		if layers[i].slot != noSlot {
+			n++
+		}
+	}
+	return n
+}
+
 // carve makes a method's shadow from the front of arena and returns the rest. It is nil for no method.
 func carve(method kv.Shadow, g *kv.Geometry, layers []layer, chunks int, arena []byte) (*shadow, []byte) {
 	if method == nil {
@@ -39,33 +49,36 @@ func carve(method kv.Shadow, g *kv.Geometry, layers []layer, chunks int, arena [
 		trainLevels: method.TrainLevels(), trained: make([]int, g.Layers),
 	}
 	s.headBytes, s.chunkBytes = recordBytes(method, g.KDim)
-	cut := g.Layers * g.KVHeads * s.headBytes
+	heads := indexed(layers) * g.KVHeads
+	cut := heads * s.headBytes
 	s.headData, arena = arena[:cut], arena[cut:]
-	cut = g.Layers * g.KVHeads * chunks * s.chunkBytes
+	cut = heads * chunks * s.chunkBytes
 	s.chunkData, arena = arena[:cut], arena[cut:]
-	for layer := range layers {
-		s.seed(layer)
+	for i := range layers {
+		if layers[i].slot != noSlot {
+			s.seed(i)
+		}
 	}
 	return s, arena
 }
 
 func (s *shadow) head(layer, head int) []byte {
-	at := (layer*s.heads + head) * s.headBytes
+	at := (s.layers[layer].slot*s.heads + head) * s.headBytes
 	return s.headData[at:][:s.headBytes:s.headBytes]
 }
 
 func (s *shadow) chunk(layer, head int, id int32) []byte {
-	at := ((layer*s.heads+head)*s.chunks + int(id)) * s.chunkBytes
+	at := ((s.layers[layer].slot*s.heads+head)*s.chunks + int(id)) * s.chunkBytes
 	return s.chunkData[at:][:s.chunkBytes:s.chunkBytes]
 }
 
 // records points r at the records of a (layer, KV head) for a sequence whose chunk c has id ids[c]. It
-// returns nil if s is.
+// returns nil if s is or the layer is skipped.
 func (s *shadow) records(r *records, layer, head int, ids []int32) kv.Records {
-	if s == nil {
+	if s == nil || s.layers[layer].slot == noSlot {
 		return nil
 	}
-	at := (layer*s.heads + head) * s.chunks * s.chunkBytes
+	at := (s.layers[layer].slot*s.heads + head) * s.chunks * s.chunkBytes
 	*r = records{
 		head:   s.head(layer, head),
 		chunks: s.chunkData[at:][:s.chunks*s.chunkBytes],

@@ -15,9 +15,13 @@ import (
 // layer is one layer of a cache.
 type layer struct {
 	model   int // the model's layer index
+	slot    int // its place in the shadows; noSlot if the layer is skipped
 	k, v    kv.Plane
 	extents [2]extent // of k and v
 }
+
+// noSlot is the slot of a layer without shadows.
+const noSlot = -1
 
 // layers checks where a spec's layers lie and returns views of them.
 func (l *lease) layers(spec *gpu.CacheSpec) ([]layer, error) {
@@ -33,6 +37,7 @@ func (l *lease) layers(spec *gpu.CacheSpec) ([]layer, error) {
 
 	layers := make([]layer, len(spec.Layers))
 	first := make(map[int]int, len(layers))
+	slots := 0
 	for i := range layers {
 		s, field := &spec.Layers[i], fmt.Sprintf("layers[%d]", i)
 		if j, ok := first[s.Layer]; ok {
@@ -40,7 +45,11 @@ func (l *lease) layers(spec *gpu.CacheSpec) ([]layer, error) {
 				"layer %d is that of layers[%d] already: name each once", s.Layer, j)
 		}
 		first[s.Layer] = i
-		layers[i].model = s.Layer
+		layers[i].model, layers[i].slot = s.Layer, noSlot
+		if !l.pipeline.Skips(s.Layer) {
+			layers[i].slot = slots
+			slots++
+		}
 		var misfit *fault.Error
 		if err := l.pipeline.Fits(s.Layer); errors.As(err, &misfit) {
 			return nil, fault.Newf(misfit.Kind, field+".layer", "layer %d does not fit the lease's config: %v", s.Layer, misfit)

@@ -21,13 +21,21 @@ func TestDecodeSmolLM2(t *testing.T) {
 	c := mustDecode(t, testdata.SmolLM2)
 	got := *c
 	got.Meta, got.Layers = nil, nil
-	want := Capture{N: 4096, Steps: 8, QueryHeads: 6, KVHeads: 2, KDim: 64, VDim: 64, Scale: 0.125}
+	want := Capture{N: 4096, Steps: 8, QueryHeads: 6, KVHeads: 2, KDim: 64, VDim: 64, Window: 64, Scale: 0.125}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("sizes (-want +got):\n%s", diff)
 	}
 	var indices []int
 	for _, l := range c.Layers {
 		indices = append(indices, l.Index)
+		// Each query of the prefill gave 1.
+		sum := 0.0
+		for _, x := range l.Mass {
+			sum += float64(x)
+		}
+		if all := float64(c.QueryHeads * c.N); len(l.QWindow) == 0 || math.Abs(sum-all) > 1e-4*all {
+			t.Errorf("layer %d: %d values of window queries, a mass of %v, want %v", l.Index, len(l.QWindow), sum, all)
+		}
 	}
 	if want := []int{2, 9, 17}; !slices.Equal(indices, want) {
 		t.Errorf("layers %v, want %v", indices, want)

@@ -3,6 +3,7 @@ package replay
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"time"
 
@@ -20,7 +21,7 @@ func (e *engine) listBytes() int { return e.listRows() * (e.Capture.Tokens() + 1
 // describe says where the tensors of armed steps lie.
 func (e *engine) describe(ctx context.Context) (err error) {
 	c, g := e.Capture, e.session.Geometry()
-	if e.lists, err = e.session.NewBuffer(ctx, len(c.Layers)*e.listBytes(), client.ReadWrite); err != nil {
+	if e.lists, err = e.Memory.Lend(ctx, e.session, len(c.Layers)*e.listBytes(), client.ReadWrite); err != nil {
 		return err
 	}
 	query, output := c.QueryHeads*c.KDim*g.Query.Size(), c.QueryHeads*c.VDim*g.Output.Size()
@@ -29,11 +30,11 @@ func (e *engine) describe(ctx context.Context) (err error) {
 		lists := i * e.listBytes()
 		e.how.Layers = append(e.how.Layers, client.ArmedLayer{
 			Layer:  c.Layers[i].Index,
-			Query:  client.Tensor{Location: client.Location{Buffer: e.query, Offset: i * query}},
-			Output: client.Tensor{Location: client.Location{Buffer: e.output, Offset: i * output}},
+			Query:  client.Tensor{Location: client.Location{Buffer: e.query.Lent(), Offset: i * query}},
+			Output: client.Tensor{Location: client.Location{Buffer: e.output.Lent(), Offset: i * output}},
 			ListBuffer: &client.ListBuffer{
-				Counts:   client.Location{Buffer: e.lists, Offset: lists},
-				Lists:    client.Location{Buffer: e.lists, Offset: lists + e.listRows()*entryBytes},
+				Counts:   client.Location{Buffer: e.lists.Lent(), Offset: lists},
+				Lists:    client.Location{Buffer: e.lists.Lent(), Offset: lists + e.listRows()*entryBytes},
 				Capacity: c.Tokens(),
 			},
 		})
@@ -44,11 +45,14 @@ func (e *engine) describe(ctx context.Context) (err error) {
 // decodeArmed runs a step whose token is in the cache, armed.
 func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
 	c, g := e.Capture, e.session.Geometry()
-	query, output := e.query.Size()/len(c.Layers), e.output.Size()/len(c.Layers)
+	query, output := len(e.query.Bytes())/len(c.Layers), len(e.output.Bytes())/len(c.Layers)
 	for i := range c.Layers {
 		g.EncodeQuery(e.query.Bytes()[i*query:][:0], c.Layers[i].Q[step*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
 	}
 	clear(e.output.Bytes())
+	if err := errors.Join(e.query.Push(), e.output.Push()); err != nil {
+		return err
+	}
 	start := time.Now()
 	batch := e.batch(c.N+step+1, false)
 	batch.Trace = client.TraceOf(ctx)
@@ -64,7 +68,7 @@ func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
 	}
 	e.facts.Decode += time.Since(start)
 	results, err := armed.Results(ctx)
-	if err != nil {
+	if err := errors.Join(err, e.output.Pull(), e.lists.Pull()); err != nil {
 		return err
 	}
 	for i, r := range results {

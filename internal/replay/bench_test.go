@@ -112,7 +112,9 @@ func decoding(b *testing.B, loaded *capture.Capture, sequences int, told *teleme
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { e.session.Close() })
-	e.write(0, loaded.N+1)
+	if err := e.write(0, loaded.N+1); err != nil {
+		b.Fatal(err)
+	}
 	d := &decoder{engine: e, batch: client.Batch{IndexOnly: true}}
 	g := e.session.Geometry()
 	for id := range uint64(sequences) {

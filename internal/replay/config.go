@@ -58,6 +58,18 @@ func (o Overrides) Apply(config []byte) ([]byte, error) {
 	return json.MarshalIndent(keys, "", "  ")
 }
 
+// HasBudget says whether the token_budget of a config's selector matters. One that cannot be read has none.
+func HasBudget(config []byte) bool {
+	keys := make(map[string]json.RawMessage)
+	if err := decodeObject(config, &keys); err != nil {
+		return false
+	}
+	var coverage float64 // takes its place
+	_ = json.Unmarshal(keys["coverage"], &coverage)
+	selector, err := method(keys, "selector")
+	return err == nil && coverage == 0 && hasBudget(selector.kind)
+}
+
 // hasBudget says whether selectors of a type have a token_budget: so it is with types nobody knows, for
 // the daemon to refuse.
 func hasBudget(kind string) bool {

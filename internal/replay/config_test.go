@@ -44,6 +44,23 @@ func TestOverrides(t *testing.T) {
 	}
 }
 
+func TestHasBudget(t *testing.T) {
+	t.Parallel()
+	for config, want := range map[string]bool{
+		`{"selector": {"type": "Quest"}}`:                   true,
+		`{"selector": {"type": "quest"}, "coverage": 0}`:    true,
+		`{"selector": {"type": "quest"}, "coverage": 0.97}`: false,
+		`{"selector": {"type": "none"}}`:                    false,
+		`{"selector": {"type": "magicpig"}}`:                false,
+		`{}`:                                                false,
+		`[]`:                                                false,
+	} {
+		if got := HasBudget([]byte(config)); got != want {
+			t.Errorf("%s: %v", config, got)
+		}
+	}
+}
+
 func decoded(t *testing.T, data []byte) (v any) {
 	t.Helper()
 	if err := json.Unmarshal(data, &v); err != nil {

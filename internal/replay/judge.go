@@ -72,6 +72,8 @@ func (j *judge) take(layer int, r *client.LayerResult, output []float32) error {
 		}
 	}
 	j.facts.Rows += rows
+	j.facts.Read.Cache += r.Read.Cache
+	j.facts.Read.Shadow += r.Read.Shadow
 	j.mass.add(r.EstimatedMass)
 	j.coverage.add(r.EstimatedCoverage)
 	j.answers[layer] = a
@@ -124,7 +126,7 @@ func (j *judge) head(step, layer, head int, scratch *capture.Scratch) error {
 // report sums up all steps.
 func (j *judge) report() *Report {
 	c := j.capture
-	r := &Report{Steps: c.Steps, WorstTrueMass: math.Inf(1)}
+	r := &Report{Figures: Figures{Steps: c.Steps, WorstTrueMass: math.Inf(1)}}
 	var all capture.RelErr
 	for layer, rows := range j.rows {
 		var pooled capture.RelErr

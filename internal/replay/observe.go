@@ -20,7 +20,7 @@ func (e *engine) lendPrefill(ctx context.Context) (err error) {
 		return nil
 	}
 	window := c.Window * c.QueryHeads * c.KDim * e.session.Geometry().Query.Size()
-	e.prefill, err = e.session.NewBuffer(ctx, massAt(window)+c.QueryHeads*c.N*kv.F32.Size(), client.ReadOnly)
+	e.prefill, err = e.Memory.Lend(ctx, e.session, massAt(window)+c.QueryHeads*c.N*kv.F32.Size(), client.ReadOnly)
 	return err
 }
 
@@ -45,20 +45,20 @@ func needsOf(config string) pipeline.Needs {
 func massAt(window int) int { return (window + 3) / 4 * 4 }
 
 // observe writes what the prefill saw in a layer, and says where.
-func (e *engine) observe(layer int) *client.Observation {
+func (e *engine) observe(layer int) (*client.Observation, error) {
 	c, l := e.Capture, &e.Capture.Layers[layer]
 	if e.prefill == nil || l.QWindow == nil && l.Mass == nil {
-		return nil
+		return nil, nil
 	}
 	o := &client.Observation{}
 	end := 0
 	if l.QWindow != nil {
 		end = len(e.session.Geometry().EncodeQuery(e.prefill.Bytes()[:0], l.QWindow))
-		o.Window, o.WindowQueriesAt = c.Window, &client.Location{Buffer: e.prefill}
+		o.Window, o.WindowQueriesAt = c.Window, &client.Location{Buffer: e.prefill.Lent()}
 	}
 	if l.Mass != nil {
 		kv.F32.Encode(e.prefill.Bytes()[massAt(end):], l.Mass)
-		o.MassTokens, o.MassAt = c.N, &client.Location{Buffer: e.prefill, Offset: massAt(end)}
+		o.MassTokens, o.MassAt = c.N, &client.Location{Buffer: e.prefill.Lent(), Offset: massAt(end)}
 	}
-	return o
+	return o, e.prefill.Push()
 }

@@ -13,18 +13,23 @@ import (
 // ||out-dense||/||dense|| over all outputs concerned. Means without another word are over every
 // (layer, step, head).
 type Report struct {
-	Config         json.RawMessage `json:"config"` // as it ran: every key with its value
-	Steps          int             `json:"steps"`
-	Layers         []Layer         `json:"layers"`
-	MeanKept       float64         `json:"mean_kept"`
-	MeanCandidates float64         `json:"mean_candidates"`
-	MeanTrueMass   float64         `json:"mean_true_mass"`
-	WorstTrueMass  float64         `json:"worst_true_mass"`
+	Config json.RawMessage `json:"config"` // as it ran: every key with its value
+	Figures
+	Layers []Layer `json:"layers"`
+
+	Facts Facts `json:"-"`
+}
+
+// Figures sum up a Report.
+type Figures struct {
+	Steps          int     `json:"steps"`
+	MeanKept       float64 `json:"mean_kept"`
+	MeanCandidates float64 `json:"mean_candidates"`
+	MeanTrueMass   float64 `json:"mean_true_mass"`
+	WorstTrueMass  float64 `json:"worst_true_mass"`
 	// MeanHeadRelErr is the mean of the single outputs' errors.
 	MeanHeadRelErr float64 `json:"mean_head_rel_err"`
 	RelErr         float64 `json:"rel_err"`
-
-	Facts Facts `json:"-"`
 }
 
 // Layer is a layer of a Report.
@@ -63,8 +68,17 @@ type Facts struct {
 	Dense map[client.Reason]int
 	Rows  int // list rows in all
 
+	// Read is what all layers of all steps read.
+	Read client.Read
+
 	Prefill time.Duration // indexing the prefill, as the engine waits for it
 	Decode  time.Duration // all steps and layers, likewise
+}
+
+// BytesPerRow is the mean of what a KV head of a layer read in a step, of cache and shadow together.
+func (r *Report) BytesPerRow() float64 {
+	rows := r.Steps * len(r.Layers) * r.Facts.KVHeads
+	return float64(r.Facts.Read.Cache+r.Facts.Read.Shadow) / float64(rows)
 }
 
 // Range is the least and the most of something.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
@@ -30,6 +31,8 @@ type Options struct {
 	Config string
 	// EngineName and Device are passed on to the daemon.
 	EngineName, Device string
+	// Memory is what is lent; shared memory if nil.
+	Memory Memory
 
 	Layout   layout.Kind  // NHD if empty
 	PageSize int          // tokens; 16 if 0; slots and contiguous have their own
@@ -54,11 +57,11 @@ type engine struct {
 	session       *client.Session
 	layout        *layout.Layout
 	cache         *client.Cache
-	kv            *client.Buffer
-	query, output *client.Buffer
-	lists         *client.Buffer // of armed steps
+	kv            Buffer
+	query, output Buffer
+	lists         Buffer // of armed steps
 	how           client.Arming
-	prefill       *client.Buffer // what its observation holds; nil if none is sent
+	prefill       Buffer // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
 }
@@ -86,6 +89,9 @@ func open(ctx context.Context, c *client.Client, o *Options) (*engine, error) {
 	o.DType = cmp.Or(o.DType, client.F16)
 	if o.Tracer == nil {
 		o.Tracer = noop.Tracer{}
+	}
+	if o.Memory == nil {
+		o.Memory = sharedMemory{}
 	}
 	io := o.DType // an engine's activations; none has 8 bits here
 	if io == client.F8E4M3 {
@@ -134,7 +140,7 @@ func (e *engine) lend(ctx context.Context) error {
 	}
 	e.table = e.layout.Tables(pages)[0]
 
-	if e.kv, err = e.session.NewBuffer(ctx, int(e.layout.Size()), client.ReadOnly); err != nil {
+	if e.kv, err = e.Memory.Lend(ctx, e.session, int(e.layout.Size()), client.ReadOnly); err != nil {
 		return err
 	}
 	g := e.session.Geometry()
@@ -142,10 +148,10 @@ func (e *engine) lend(ctx context.Context) error {
 	if e.Armed {
 		tensors = len(c.Layers)
 	}
-	if e.query, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
+	if e.query, err = e.Memory.Lend(ctx, e.session, tensors*c.QueryHeads*c.KDim*g.Query.Size(), client.ReadOnly); err != nil {
 		return err
 	}
-	if e.output, err = e.session.NewBuffer(ctx, tensors*c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
+	if e.output, err = e.Memory.Lend(ctx, e.session, tensors*c.QueryHeads*c.VDim*g.Output.Size(), client.ReadWrite); err != nil {
 		return err
 	}
 	if e.Armed {
@@ -164,8 +170,8 @@ func (e *engine) lend(ctx context.Context) error {
 	for i := range c.Layers {
 		spec.Layers = append(spec.Layers, client.CacheLayer{
 			Layer: c.Layers[i].Index,
-			K:     client.Location{Buffer: e.kv, Offset: int(e.layout.KOffset(i))}, KScales: shape.KScales,
-			V: client.Location{Buffer: e.kv, Offset: int(e.layout.VOffset(i))}, VScales: shape.VScales,
+			K:     client.Location{Buffer: e.kv.Lent(), Offset: int(e.layout.KOffset(i))}, KScales: shape.KScales,
+			V: client.Location{Buffer: e.kv.Lent(), Offset: int(e.layout.VOffset(i))}, VScales: shape.VScales,
 		})
 	}
 	if e.cache, err = e.session.RegisterCache(ctx, spec); err != nil {
@@ -173,7 +179,7 @@ func (e *engine) lend(ctx context.Context) error {
 	}
 	e.facts = Facts{
 		Tokens: c.Tokens(), QueryHeads: c.QueryHeads, KVHeads: c.KVHeads,
-		DType: e.DType, CacheBytes: e.kv.Size(), Shadow: e.cache.Shadow(),
+		DType: e.DType, CacheBytes: int(e.layout.Size()), Shadow: e.cache.Shadow(),
 	}
 	return nil
 }
@@ -202,7 +208,9 @@ func scales(c *capture.Capture, of func(c *capture.Capture, layer, kvHead int) [
 // decode prefills, then decodes step by step, each judged before the next.
 func (e *engine) decode(ctx context.Context, j *judge) error {
 	c := e.Capture
-	e.write(0, c.N)
+	if err := e.write(0, c.N); err != nil {
+		return err
+	}
 	start := time.Now()
 	if _, err := e.cache.Step(ctx, e.batch(c.N, true)); err != nil {
 		return fmt.Errorf("prefill: %w", err)
@@ -232,7 +240,9 @@ func (e *engine) step(ctx context.Context, j *judge, step int) error {
 	c := e.Capture
 	ctx, span := e.Tracer.Start(ctx, telemetry.SpanReplay, trace.WithAttributes(attribute.Int(telemetry.AttrReplayStep, step)))
 	defer span.End()
-	e.write(c.N+step, c.N+step+1)
+	if err := e.write(c.N+step, c.N+step+1); err != nil {
+		return err
+	}
 	if e.Armed && (step > 0 || e.prefill == nil) { // an observation goes by a message
 		return e.decodeArmed(ctx, j, step)
 	}
@@ -269,11 +279,12 @@ func (e *engine) progress(done int) {
 }
 
 // write stores the tokens [from, to) of every layer, as the model's projections would.
-func (e *engine) write(from, to int) {
+func (e *engine) write(from, to int) error {
 	for i := range e.Capture.Layers {
 		l := &e.Capture.Layers[i]
 		e.layout.Write(e.kv.Bytes(), i, e.table, l.K, l.V, from, to)
 	}
+	return e.kv.Push()
 }
 
 func (e *engine) batch(length int, indexOnly bool) client.Batch {
@@ -289,17 +300,21 @@ func (e *engine) layer(ctx context.Context, step *client.Step, s, layer int) (*c
 	g.EncodeQuery(e.query.Bytes()[:0], c.Layers[layer].Q[s*c.QueryHeads*c.KDim:][:c.QueryHeads*c.KDim])
 	clear(e.output.Bytes())
 	var observation *client.Observation
+	var err error
 	if s == 0 {
-		observation = e.observe(layer)
+		observation, err = e.observe(layer)
+	}
+	if err := errors.Join(err, e.query.Push(), e.output.Push()); err != nil {
+		return nil, err
 	}
 	start := time.Now()
 	result, err := step.Layer(ctx, client.Layer{
 		Layer:       c.Layers[layer].Index,
-		QueryAt:     &client.Tensor{Location: client.Location{Buffer: e.query}},
-		Output:      &client.Tensor{Location: client.Location{Buffer: e.output}},
+		QueryAt:     &client.Tensor{Location: client.Location{Buffer: e.query.Lent()}},
+		Output:      &client.Tensor{Location: client.Location{Buffer: e.output.Lent()}},
 		Lists:       true,
 		Observation: observation,
 	})
 	e.facts.Decode += time.Since(start)
-	return result, err
+	return result, errors.Join(err, e.output.Pull())
 }

@@ -286,26 +286,19 @@ func TestPrefill(t *testing.T) {
 	t.Parallel()
 	const compressed = `{"compressor": {"type": "snap_kv", "window_size": 8, "max_capacity_prompt": 300}, "skip_first_two_layers": false}`
 	const heavy = `{"selector": {"type": "h2o", "token_budget": 300}, "skip_first_two_layers": false}`
-	c, plain := daemon(t), small(t)
-	_, err := replay.Run(t.Context(), c, replay.Options{Capture: plain, Config: compressed})
+	c, seen := daemon(t), small(t)
+	plain := *seen
+	plain.Window, plain.Layers = 0, slices.Clone(seen.Layers)
+	plain.Layers[0].QWindow, plain.Layers[0].Mass = nil, nil
+	_, err := replay.Run(t.Context(), c, replay.Options{Capture: &plain, Config: compressed})
 	var refused *client.Error
 	if !errors.As(err, &refused) || refused.Field != "layer.observation" {
 		t.Errorf("without an observation: error %v, want one about layer.observation", err)
 	}
 
-	seen := *plain
-	seen.Window, seen.Layers = plain.Steps, slices.Clone(plain.Layers)
-	layer := &seen.Layers[0]
-	layer.QWindow = layer.Q // like those that follow
-	for head := range seen.QueryHeads {
-		_, weights := seen.Dense(0, 0, head, nil)
-		for _, w := range weights[:seen.N] {
-			layer.Mass = append(layer.Mass, float32(w))
-		}
-	}
-	without := run(t, c, replay.Options{Capture: plain, Config: heavy})
+	without := run(t, c, replay.Options{Capture: &plain, Config: heavy})
 	for _, dtype := range []client.DType{client.F16, client.F32} {
-		r := run(t, c, replay.Options{Capture: &seen, Config: compressed, DType: dtype})
+		r := run(t, c, replay.Options{Capture: seen, Config: compressed, DType: dtype})
 		for _, h := range r.Layers[0].Heads {
 			for step, kept := range h.KeptPerStep {
 				if kept != 300+1+step {
@@ -316,7 +309,7 @@ func TestPrefill(t *testing.T) {
 		if r.MeanTrueMass < .8 {
 			t.Errorf("%v: what the window asked for holds %v of the mass", dtype, r.MeanTrueMass)
 		}
-		with := run(t, c, replay.Options{Capture: &seen, Config: heavy, DType: dtype})
+		with := run(t, c, replay.Options{Capture: seen, Config: heavy, DType: dtype})
 		if with.MeanTrueMass <= without.MeanTrueMass {
 			t.Errorf("%v: heavy hitters hold %v of the mass with the prefill's and %v without", dtype, with.MeanTrueMass, without.MeanTrueMass)
 		}

@@ -3,6 +3,7 @@
 package selectortest
 
 import (
+	"cmp"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -113,8 +114,11 @@ func (seeded) TrainLevels() []int { return []int{1} }
 func (s seeded) Train(head []byte, _ []float32, dim int) { s.Seed(head, s.layer, s.kvHead, dim) }
 
 // Coverage is what a selector does with the real rows of testdata: the share of softmax weight that its
-// candidates hold, over all query heads and over the worst, and how many they are.
-type Coverage struct{ Mean, Worst, Candidates float64 }
+// candidates hold, over all query heads and over the worst, and how many they are. Recall is the share of a
+// query head's 100 heaviest tokens that are candidates, in the mean.
+type Coverage struct{ Mean, Worst, Candidates, Recall float64 }
+
+const heaviest = 100
 
 // Cover runs a selector over the real rows, each asked by all heads of its group, pins set, of the decode
 // steps from first on.
@@ -155,6 +159,7 @@ func Cover(t *testing.T, config selector.Config, first int) Coverage {
 					if err != nil {
 						t.Fatal(err)
 					}
+					sum.Recall += recall(weights, candidates) / float64(c.Group())
 					sum.Mean += mass / float64(c.Group())
 					sum.Worst = min(sum.Worst, mass)
 				}
@@ -163,7 +168,24 @@ func Cover(t *testing.T, config selector.Config, first int) Coverage {
 	}
 	sum.Mean /= rows
 	sum.Candidates /= rows
+	sum.Recall /= rows
 	return sum
+}
+
+// recall is the share of the heaviest positions that are candidates.
+func recall(weights []float64, candidates []int32) float64 {
+	order := make([]int32, len(weights))
+	for i := range order {
+		order[i] = int32(i)
+	}
+	slices.SortFunc(order, func(a, b int32) int { return cmp.Compare(weights[b], weights[a]) })
+	found := 0
+	for _, p := range order[:heaviest] {
+		if _, is := slices.BinarySearch(candidates, p); is {
+			found++
+		}
+	}
+	return float64(found) / heaviest
 }
 
 // Capture is that of testdata.

@@ -88,6 +88,56 @@ func TestSmallestSet(t *testing.T) {
 	})
 }
 
+// TestLengths: rows of all kinds and lengths keep as many as sorting them keeps, up to one. A first candidate that weighs nothing, where public code starts its search, keeps no more.
+func TestLengths(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(3, 4))
+	for kind, logit := range map[string]func(i int) float32{
+		"random":    func(int) float32 { return float32(random.NormFloat64() * 3) },
+		"uniform":   func(int) float32 { return float32(random.Float64() * 8) },
+		"all equal": func(int) float32 { return -2 },
+		"one spike": func(i int) float32 {
+			if i == 0 {
+				return 12
+			}
+			return 0
+		},
+		"sink dropped": func(i int) float32 {
+			if i == 0 {
+				return -1000
+			}
+			return float32(random.NormFloat64() * 3)
+		},
+	} {
+		for _, n := range []int{1, 2, 3, 15, 16, 17, 100, 1000, 4096, 32768, 131072} {
+			logits := make([]float32, n)
+			for i := range logits {
+				logits[i] = logit(i)
+			}
+			if kind == "one spike" { // anywhere
+				at := random.IntN(n)
+				logits[0], logits[at] = logits[at], logits[0]
+			}
+			c := candidates(logits)
+			order := byWeight(c)
+			for _, p := range []float64{.5, .85, .95, .999} {
+				got := with(p).Prune(nil, c)
+				need, held, want := p*sum(c, order), 0.0, 0
+				for held < need && want < n {
+					held += float64(c.Weights[order[want]])
+					want++
+				}
+				if d := len(got) - want; d < -1 || d > 1 {
+					t.Errorf("%s, %d candidates, p %v: kept %d, sorting keeps %d", kind, n, p, len(got), want)
+				}
+				if kind == "sink dropped" && n >= 1000 && p <= .95 && len(got) > n/2 {
+					t.Errorf("%s, %d candidates, p %v: kept %d", kind, n, p, len(got))
+				}
+			}
+		}
+	}
+}
+
 func TestExactCases(t *testing.T) {
 	t.Parallel()
 	repeat := func(x float32, n int) []float32 { return slices.Repeat([]float32{x}, n) }

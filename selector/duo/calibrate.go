@@ -81,7 +81,8 @@ func (c *Calibration) far(keys, query []float32, scale float64) float64 {
 }
 
 // File returns a head file, as Inline reads it: a line for each layer up to the last one that was sampled.
-// Layers in between that were not count as retrieval heads, with a score of 1.
+// Layers in between that were not have the scores of the nearest that was, the lower of two: scores of any
+// other kind would shift the ranks that sparsity cuts by.
 func (c *Calibration) File() []byte {
 	layers, kvHeads := 0, 0
 	for layer, s := range c.layers {
@@ -89,17 +90,25 @@ func (c *Calibration) File() []byte {
 	}
 	var file bytes.Buffer
 	for layer := range layers {
+		s := c.nearest(layer)
 		for h := range kvHeads {
-			score := 1.0
-			if s := c.layers[layer]; s != nil {
-				score = s.sums[h] / float64(s.samples)
-			}
 			if h > 0 {
 				file.WriteByte('\t')
 			}
-			file.WriteString(strconv.FormatFloat(score, 'e', 18, 64))
+			file.WriteString(strconv.FormatFloat(s.sums[h]/float64(s.samples), 'e', 18, 64))
 		}
 		file.WriteByte('\n')
 	}
 	return file.Bytes()
+}
+
+// nearest returns the scores of the sampled layer nearest to a layer. There is one.
+func (c *Calibration) nearest(layer int) *scores {
+	for away := 0; ; away++ {
+		for _, at := range []int{layer - away, layer + away} {
+			if s := c.layers[at]; s != nil {
+				return s
+			}
+		}
+	}
 }

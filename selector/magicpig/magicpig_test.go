@@ -260,13 +260,13 @@ func TestCollide(t *testing.T) {
 func TestCoverage(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		k, l                    int
-		mean, worst, candidates float64
-	}{{10, 150, .89, .5, 600}, {8, 75, .92, .55, 1000}} {
+		k, l                            int
+		mean, worst, recall, candidates float64
+	}{{10, 150, .89, .5, .77, 600}, {8, 75, .92, .55, .83, 1000}} {
 		got := selectortest.Cover(t, &Config{K: test.k, L: test.l, NumSinks: 4, Window: 64}, 0)
-		if got.Mean < test.mean || got.Worst < test.worst || got.Candidates > test.candidates {
-			t.Errorf("K %d, L %d: %+v, want a mean of %v, at worst %v, with at most %v candidates",
-				test.k, test.l, got, test.mean, test.worst, test.candidates)
+		if got.Mean < test.mean || got.Worst < test.worst || got.Recall < test.recall || got.Candidates > test.candidates {
+			t.Errorf("K %d, L %d: %+v, want a mean of %v, at worst %v, and a recall of %v with at most %v candidates",
+				test.k, test.l, got, test.mean, test.worst, test.recall, test.candidates)
 		}
 	}
 }

@@ -282,13 +282,13 @@ func TestHugeKeys(t *testing.T) {
 func TestCoverage(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
-		partitions  int
-		mean, worst float64
-	}{{2, .955, .65}, {4, .96, .7}} {
+		partitions          int
+		mean, worst, recall float64
+	}{{2, .955, .65, .92}, {4, .96, .7, .93}} {
 		got := selectortest.Cover(t, &Config{TokenBudget: 1024, SparsityRate: -1, Partitions: test.partitions, Bits: 6}, 0)
-		if got.Mean < test.mean || got.Worst < test.worst || got.Candidates != 1024 {
-			t.Errorf("%d parts: %+v, want a mean of %v, at worst %v, with 1024 candidates",
-				test.partitions, got, test.mean, test.worst)
+		if got.Mean < test.mean || got.Worst < test.worst || got.Recall < test.recall || got.Candidates != 1024 {
+			t.Errorf("%d parts: %+v, want a mean of %v, at worst %v, and a recall of %v with 1024 candidates",
+				test.partitions, got, test.mean, test.worst, test.recall)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/internal/kvtest"
+	"github.com/twilight-sidecar/twilight/internal/selectortest"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/selector"
 )
@@ -84,9 +85,44 @@ func TestBounds(t *testing.T) {
 				if float64(bound) < plain-1e-4*norm || float64(bound) > plain+slack {
 					t.Fatalf("head %d, chunk %d: bound %v, want %v..%v", h, c, bound, plain, plain+slack)
 				}
+				for p := max(e.First, (first+c)*size); p < min(e.Len, (first+c+1)*size); p++ {
+					if logit := dot(query, e.keys[p*e.Dim:]); float64(bound) < logit-1e-4*norm {
+						t.Fatalf("head %d, chunk %d: bound %v, but token %d has a logit of %v", h, c, bound, p, logit)
+					}
+				}
 			}
 		}
 	})
+}
+
+func dot(query, key []float32) (sum float64) {
+	for d, q := range query {
+		sum += float64(q) * float64(key[d])
+	}
+	return sum
+}
+
+// TestRealBounds: of a real text, too, no key lies above the bound of its chunk.
+func TestRealBounds(t *testing.T) {
+	t.Parallel()
+	c := selectortest.Capture(t)
+	for l := range c.Layers {
+		for kvHead := range c.KVHeads {
+			keys := c.Keys(l, kvHead)
+			row := &selector.Row{Dim: c.KDim, Len: c.Tokens(), Records: kvtest.Index(extremes{}, keys, c.KDim, 0)}
+			for h := range c.Group() {
+				row.Queries = append(row.Queries, c.Query(l, c.Steps-1, kvHead*c.Group()+h))
+			}
+			quest{Config{ChunkSize: 16}}.score(row, 0, ceilDiv(row.Len, 16))
+			for h, query := range row.Queries {
+				for p := range row.Len {
+					if logit, bound := dot(query, keys[p*c.KDim:]), float64(row.Ranking.Bounds[h][p/16]); bound < logit-1e-3 {
+						t.Fatalf("layer %d, head %d: token %d has a logit of %v, its chunk a bound of %v", l, h, p, logit, bound)
+					}
+				}
+			}
+		}
+	}
 }
 
 // TestSelect compares with a plain selection: sort the chunks by score, pins before all.

@@ -1,49 +1,22 @@
 // Drives the budget page with a real browser: node page.mjs BIN CAPTURE CONFIG [PICTURE]
 // BIN holds twilightd and twilight; the config audits every row. CHROMIUM names the browser; PICTURE, a PNG, is taken on the way.
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { mkdtemp, rm } from "node:fs/promises";
-import { createServer } from "node:net";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { chromium } from "playwright-core";
+import { browse, freePort, main, start, target } from "./common.mjs";
 
 const [bin, capture, config, picture] = process.argv.slice(2);
-const folder = await mkdtemp(join(tmpdir(), "tw"));
-const target = `unix://${folder}/s`;
-const running = new Set();
-
-function start(command, args, env = {}) {
-  const child = spawn(join(bin, command), args, { stdio: ["ignore", "ignore", "inherit"], env: { ...process.env, ...env } });
-  running.add(child);
-  child.on("exit", () => running.delete(child));
-  return child;
-}
-
-async function freePort() {
-  const server = createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address();
-  server.close();
-  await once(server, "close");
-  return port;
-}
 
 const port = await freePort();
 const page = `http://127.0.0.1:${port}/`;
-const daemon = () => start("twilightd", ["--listen", target, "--admin", `tcp://127.0.0.1:${port}`, "--drain-timeout", "100ms",
-  "--log-level", "error", "--trace-url", "http://127.0.0.1:16686/trace/{trace_id}"]);
+const daemon = () => start(bin, "twilightd", ["--listen", target, "--admin", `tcp://127.0.0.1:${port}`, "--drain-timeout", "100ms",
+  "--log-level", "error", "--trace-url", "http://127.0.0.1:6006/redirects/traces/{trace_id}"]);
 // Traced by the engine, though nothing is sent: the page names the trace.
-const replay = pace => start("twilight", ["replay", "--target", target, "--capture", capture, "--config", config, "--pace", pace, "--json"],
+const replay = pace => start(bin, "twilight", ["replay", "--target", target, "--capture", capture, "--config", config, "--pace", pace, "--json"],
   { OTEL_TRACES_EXPORTER: "console", OTEL_TRACES_SAMPLER: "always_on" });
 
-async function main() {
+await main(async () => {
   let server = daemon();
-  const browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
-    args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
-  });
+  const browser = await browse();
   try {
     const tab = await browser.newPage({ viewport: { width: 1250, height: 1000 } });
     const errors = [];
@@ -92,7 +65,7 @@ async function main() {
     await tab.locator("#copied", { hasText: /copied|selected/ }).waitFor();
     const trace = await tab.locator("#trace-id").textContent();
     assert.match(trace, /^[0-9a-f]{32}$/);
-    assert((await tab.locator("#trace-link").getAttribute("href")).endsWith("/trace/" + trace));
+    assert((await tab.locator("#trace-link").getAttribute("href")).endsWith("/traces/" + trace));
     console.log("ok: a table, and the trace to copy: " + trace);
 
     const stopped = once(server, "exit");
@@ -110,11 +83,4 @@ async function main() {
   } finally {
     await browser.close();
   }
-}
-
-try {
-  await main();
-} finally {
-  for (const child of running) child.kill("SIGKILL");
-  await rm(folder, { recursive: true });
-}
+});

@@ -31,7 +31,6 @@ func run(args []string) error {
 	oracleIn := flags.String("oracle-in", "", "oracle of --in (optional)")
 	oracleOut := flags.String("oracle-out", "", "oracle to write for --out")
 	origin := flags.String("origin", "", "where the tensors come from, for the metadata")
-	prefill := flags.Bool("prefill", false, "keep q_window and mass, which describe the prefill")
 	flags.Var(&layers, "layers", "layers to keep, their numbers in the model: 2,9,17")
 	flags.Var(&kvHeads, "kv-heads", "KV heads to keep, with their query heads: 0,1")
 	if err := flags.Parse(args); err != nil {
@@ -50,13 +49,6 @@ func run(args []string) error {
 		filepath.Base(*in), small.Meta["layers"], small.Meta["kv_heads"])
 	if *origin != "" {
 		small.Meta["origin"] = *origin
-	}
-	if !*prefill {
-		small.Meta["cut"] += ", no q_window or mass"
-		small.Window = 0
-		for i := range small.Layers {
-			small.Layers[i].QWindow, small.Layers[i].Mass = nil, nil
-		}
 	}
 	var file bytes.Buffer
 	if err := capture.Write(&file, small); err != nil {

@@ -1620,13 +1620,17 @@ type LayerResult struct {
 	EstimatedCoverage []float32 `protobuf:"fixed32,9,rep,packed,name=estimated_coverage,json=estimatedCoverage,proto3" json:"estimated_coverage,omitempty"`
 	// Audited rows: indices into B*Hq, and for each the true mass of the kept tokens and the relative
 	// error of the output against dense attention.
-	Audited       []uint32    `protobuf:"varint,10,rep,packed,name=audited,proto3" json:"audited,omitempty"`
-	TrueMass      []float32   `protobuf:"fixed32,11,rep,packed,name=true_mass,json=trueMass,proto3" json:"true_mass,omitempty"`
-	OutputError   []float32   `protobuf:"fixed32,12,rep,packed,name=output_error,json=outputError,proto3" json:"output_error,omitempty"`
-	Index         *IndexStats `protobuf:"bytes,13,opt,name=index,proto3" json:"index,omitempty"`
-	Timing        *Timing     `protobuf:"bytes,14,opt,name=timing,proto3" json:"timing,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Audited     []uint32    `protobuf:"varint,10,rep,packed,name=audited,proto3" json:"audited,omitempty"`
+	TrueMass    []float32   `protobuf:"fixed32,11,rep,packed,name=true_mass,json=trueMass,proto3" json:"true_mass,omitempty"`
+	OutputError []float32   `protobuf:"fixed32,12,rep,packed,name=output_error,json=outputError,proto3" json:"output_error,omitempty"`
+	Index       *IndexStats `protobuf:"bytes,13,opt,name=index,proto3" json:"index,omitempty"`
+	Timing      *Timing     `protobuf:"bytes,14,opt,name=timing,proto3" json:"timing,omitempty"`
+	// Bytes that the layer read of the engine's cache and of the shadow, all rows together, indexing and
+	// audits apart: as the methods' formats tell, not as caches and buses would.
+	CacheBytesRead  uint64 `protobuf:"varint,15,opt,name=cache_bytes_read,json=cacheBytesRead,proto3" json:"cache_bytes_read,omitempty"`
+	ShadowBytesRead uint64 `protobuf:"varint,16,opt,name=shadow_bytes_read,json=shadowBytesRead,proto3" json:"shadow_bytes_read,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *LayerResult) Reset() {
@@ -1755,6 +1759,20 @@ func (x *LayerResult) GetTiming() *Timing {
 		return x.Timing
 	}
 	return nil
+}
+
+func (x *LayerResult) GetCacheBytesRead() uint64 {
+	if x != nil {
+		return x.CacheBytesRead
+	}
+	return 0
+}
+
+func (x *LayerResult) GetShadowBytesRead() uint64 {
+	if x != nil {
+		return x.ShadowBytesRead
+	}
+	return 0
 }
 
 // Durations on the device, nanoseconds. Stages of rows that run in parallel are summed; wall is not.
@@ -1962,7 +1980,7 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"massInline\x120\n" +
 	"\amass_at\x18\x06 \x01(\v2\x15.twilight.v1.LocationH\x01R\x06massAtB\x10\n" +
 	"\x0ewindow_queriesB\x06\n" +
-	"\x04mass\"\xf5\x03\n" +
+	"\x04mass\"\xcb\x04\n" +
 	"\vLayerResult\x12\x1e\n" +
 	"\n" +
 	"candidates\x18\x01 \x03(\rR\n" +
@@ -1980,7 +1998,9 @@ const file_twilight_v1_step_proto_rawDesc = "" +
 	"\ttrue_mass\x18\v \x03(\x02R\btrueMass\x12!\n" +
 	"\foutput_error\x18\f \x03(\x02R\voutputError\x12-\n" +
 	"\x05index\x18\r \x01(\v2\x17.twilight.v1.IndexStatsR\x05index\x12+\n" +
-	"\x06timing\x18\x0e \x01(\v2\x13.twilight.v1.TimingR\x06timing\"\x91\x01\n" +
+	"\x06timing\x18\x0e \x01(\v2\x13.twilight.v1.TimingR\x06timing\x12(\n" +
+	"\x10cache_bytes_read\x18\x0f \x01(\x04R\x0ecacheBytesRead\x12*\n" +
+	"\x11shadow_bytes_read\x18\x10 \x01(\x04R\x0fshadowBytesRead\"\x91\x01\n" +
 	"\x06Timing\x12\x17\n" +
 	"\awall_ns\x18\x01 \x01(\x04R\x06wallNs\x12\x19\n" +
 	"\bindex_ns\x18\x02 \x01(\x04R\aindexNs\x12\x1b\n" +

@@ -237,11 +237,17 @@ type Device struct {
 	ArmedSteps    bool `protobuf:"varint,17,opt,name=armed_steps,json=armedSteps,proto3" json:"armed_steps,omitempty"`
 	DeviceBatches bool `protobuf:"varint,18,opt,name=device_batches,json=deviceBatches,proto3" json:"device_batches,omitempty"`
 	// Answer to GetCapabilitiesRequest.shadow: bytes per token over all layers and KV heads of the
-	// geometry. Absent if no question was asked or shadow_refusal says why there is no answer.
+	// geometry, whose layers are taken for the model's first: those that skip_first_two_layers leaves dense
+	// may need none. Absent if no question was asked or shadow_refusal says why there is no answer.
 	ShadowBytesPerToken *float64 `protobuf:"fixed64,19,opt,name=shadow_bytes_per_token,json=shadowBytesPerToken,proto3,oneof" json:"shadow_bytes_per_token,omitempty"`
 	ShadowRefusal       string   `protobuf:"bytes,20,opt,name=shadow_refusal,json=shadowRefusal,proto3" json:"shadow_refusal,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Why no lease can be opened on the device for now, in one sentence; "" if one can.
+	Unusable string `protobuf:"bytes,21,opt,name=unusable,proto3" json:"unusable,omitempty"`
+	// GPUs only: whether the daemon's workers run under an MPS server. Without one, or with an engine outside
+	// of it, the GPU is switched between daemon and engine, which costs about 0.3 ms at each layer.
+	Mps           *bool `protobuf:"varint,22,opt,name=mps,proto3,oneof" json:"mps,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Device) Reset() {
@@ -412,6 +418,20 @@ func (x *Device) GetShadowRefusal() string {
 		return x.ShadowRefusal
 	}
 	return ""
+}
+
+func (x *Device) GetUnusable() string {
+	if x != nil {
+		return x.Unusable
+	}
+	return ""
+}
+
+func (x *Device) GetMps() bool {
+	if x != nil && x.Mps != nil {
+		return *x.Mps
+	}
+	return false
 }
 
 // The shape of the model's attention. One lease serves one geometry; an engine with several kinds of
@@ -639,7 +659,8 @@ func (x *OpenLeaseRequest) GetConfigJson() string {
 type OpenLeaseResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	ProtocolVersion uint32                 `protobuf:"varint,1,opt,name=protocol_version,json=protocolVersion,proto3" json:"protocol_version,omitempty"`
-	// gRPC target that serves the lease's stream; "" means the connection that opened it.
+	// gRPC target that serves the lease's stream; "" means the connection that opened it. A Unix socket
+	// lies beside that of the daemon, where an engine that mounts the folder elsewhere finds it.
 	Endpoint string `protobuf:"bytes,2,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
 	// Bearer token of the stream, valid once.
 	Token []byte `protobuf:"bytes,3,opt,name=token,proto3" json:"token,omitempty"`
@@ -858,7 +879,7 @@ const file_twilight_v1_twilight_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x120\n" +
 	"\x14protocol_version_min\x18\x02 \x01(\rR\x12protocolVersionMin\x120\n" +
 	"\x14protocol_version_max\x18\x03 \x01(\rR\x12protocolVersionMax\x12-\n" +
-	"\adevices\x18\x04 \x03(\v2\x13.twilight.v1.DeviceR\adevices\"\x91\x06\n" +
+	"\adevices\x18\x04 \x03(\v2\x13.twilight.v1.DeviceR\adevices\"\xcc\x06\n" +
 	"\x06Device\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12\x12\n" +
@@ -884,8 +905,11 @@ const file_twilight_v1_twilight_proto_rawDesc = "" +
 	"armedSteps\x12%\n" +
 	"\x0edevice_batches\x18\x12 \x01(\bR\rdeviceBatches\x128\n" +
 	"\x16shadow_bytes_per_token\x18\x13 \x01(\x01H\x00R\x13shadowBytesPerToken\x88\x01\x01\x12%\n" +
-	"\x0eshadow_refusal\x18\x14 \x01(\tR\rshadowRefusalB\x19\n" +
-	"\x17_shadow_bytes_per_token\"\xa5\x06\n" +
+	"\x0eshadow_refusal\x18\x14 \x01(\tR\rshadowRefusal\x12\x1a\n" +
+	"\bunusable\x18\x15 \x01(\tR\bunusable\x12\x15\n" +
+	"\x03mps\x18\x16 \x01(\bH\x01R\x03mps\x88\x01\x01B\x19\n" +
+	"\x17_shadow_bytes_per_tokenB\x06\n" +
+	"\x04_mps\"\xa5\x06\n" +
 	"\bGeometry\x12)\n" +
 	"\n" +
 	"num_layers\x18\x01 \x01(\rB\n" +

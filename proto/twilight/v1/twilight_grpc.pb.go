@@ -50,8 +50,8 @@ type TwilightServiceClient interface {
 	OpenLease(ctx context.Context, in *OpenLeaseRequest, opts ...grpc.CallOption) (*OpenLeaseResponse, error)
 	// The lease. Metadata "twilight-lease-bin" carries OpenLeaseResponse.token. Requests are served in
 	// the order sent; each is answered with its request_id, a refused one by Error, and the stream goes
-	// on. An armed step, once it is accepted, runs beside the requests that follow. When the stream ends, in whatever way, running work is drained and every region, cache and
-	// shadow of the lease is released.
+	// on. An armed step, once it is accepted, runs beside the requests that follow. When the stream ends,
+	// in whatever way, running work is drained and every region, cache and shadow of the lease is released.
 	Lease(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[LeaseRequest, LeaseResponse], error)
 }
 
@@ -108,8 +108,8 @@ type TwilightServiceServer interface {
 	OpenLease(context.Context, *OpenLeaseRequest) (*OpenLeaseResponse, error)
 	// The lease. Metadata "twilight-lease-bin" carries OpenLeaseResponse.token. Requests are served in
 	// the order sent; each is answered with its request_id, a refused one by Error, and the stream goes
-	// on. An armed step, once it is accepted, runs beside the requests that follow. When the stream ends, in whatever way, running work is drained and every region, cache and
-	// shadow of the lease is released.
+	// on. An armed step, once it is accepted, runs beside the requests that follow. When the stream ends,
+	// in whatever way, running work is drained and every region, cache and shadow of the lease is released.
 	Lease(grpc.BidiStreamingServer[LeaseRequest, LeaseResponse]) error
 	mustEmbedUnimplementedTwilightServiceServer()
 }
