@@ -70,6 +70,11 @@ func TestConformance(t *testing.T) {
 		gputest.Extrapolation(1e-2))
 }
 
+// TestSharedMemory runs it on shared memory of the host.
+func TestSharedMemory(t *testing.T) {
+	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, mapped{}, gputest.Extrapolation(1e-2))
+}
+
 // scenario is a random cache, config and decode, run on the CPU and on the GPU.
 type scenario struct {
 	geometry kv.Geometry

@@ -37,8 +37,8 @@ type Options struct {
 	FusedFrom int
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
-	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context: only
-	// a new process can go on. It must not block.
+	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context or
+	// work can neither end nor be ended: only a new process can go on. It must not block.
 	Lost func(error)
 }
 
@@ -52,6 +52,7 @@ type Device struct {
 	// bandwidth of the memory, in bytes a second: what reading reaches.
 	bandwidth float64
 	owner     *owner
+	streams   streams
 	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
@@ -92,8 +93,10 @@ func New(o Options) (*Device, error) {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
-		d.kernels, err = kernels.Load(device)
-		return err
+		if d.kernels, err = kernels.Load(device); err != nil {
+			return err
+		}
+		return d.streams.make()
 	})
 	if err != nil {
 		d.owner.close()
@@ -136,7 +139,9 @@ func (d *Device) Info() gpu.Info {
 		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
-		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
+		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric, gpu.SharedMemory},
+		ArmedSteps:       true,
+		DeviceBatch:      true,
 	}
 }
 
@@ -227,6 +232,12 @@ func (d *Device) Close() error {
 	for _, l := range leases {
 		errs = append(errs, l.Close())
 	}
+	errs = append(errs, d.owner.do(context.Background(), d.streams.destroy))
 	d.owner.close()
 	return errors.Join(errs...)
+}
+
+// stuck tells of work that can neither end nor be ended.
+func (d *Device) stuck(what string) {
+	d.owner.lost(fault.Newf(fault.Unavailable, "", "the GPU does not get through %s: this worker cannot go on, open a lease anew", what))
 }

@@ -3,6 +3,7 @@
 package cuda
 
 import (
+	"encoding/binary"
 	"encoding/gob"
 	"errors"
 	"fmt"
@@ -10,8 +11,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,6 +28,7 @@ import (
 const engineEnv = "TWILIGHT_TEST_ENGINE"
 
 func TestMain(m *testing.M) {
+	os.Setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32") // as a worker's supervisor does
 	if os.Getenv(engineEnv) != "" {
 		if err := serveEngine(); err != nil {
 			fmt.Fprintln(os.Stderr, "engine:", err)
@@ -249,4 +253,53 @@ func (b *lent) Read(offset int, data []byte) {
 		reply, _ := b.engine.call(panics{}, &engineRequest{Op: "read", ID: b.id, Offset: offset, Size: len(data)})
 		copy(data, reply.Data)
 	}
+}
+
+// The words of an engine on a GPU. That they lie in order is the engine's stream's doing.
+
+func (b *lent) Store(offset int, v uint32) {
+	b.Write(offset, binary.NativeEndian.AppendUint32(nil, v))
+}
+
+func (b *lent) Ring(offset int, v uint32) { b.Store(offset, v) }
+
+func (b *lent) Load(offset int) uint32 {
+	var word [4]byte
+	b.Read(offset, word[:])
+	return binary.NativeEndian.Uint32(word[:])
+}
+
+func (b *lent) Await(offset int, v uint32, timeout time.Duration) bool {
+	return poll(b, offset, v, timeout)
+}
+
+// poll waits for a word of which a GPU's stores wake nobody.
+func poll(b gputest.Ringer, offset int, v uint32, timeout time.Duration) bool {
+	for start := time.Now(); ; runtime.Gosched() {
+		if b.Load(offset) == v {
+			return true
+		}
+		if time.Since(start) > timeout {
+			return false
+		}
+	}
+}
+
+// mapped is shared memory of the host that a GPU sees.
+type mapped struct{ gputest.Memfd }
+
+func (m mapped) Alloc(t testing.TB, size int) gputest.Buffer {
+	t.Helper()
+	return mappedBuffer{m.Memfd.Alloc(t, size).(ringer)}
+}
+
+type ringer interface {
+	gputest.Buffer
+	gputest.Ringer
+}
+
+type mappedBuffer struct{ ringer }
+
+func (b mappedBuffer) Await(offset int, v uint32, timeout time.Duration) bool {
+	return poll(b.ringer, offset, v, timeout)
 }

@@ -65,9 +65,11 @@ __device__ void check_queries(const Layer &l, RowIndex r)
 		int head = r.query_head + i / D, d = i % D;
 		float x = read1(l.queries + r.sequence * l.query_row + head * l.query_head + d * element_size(l.query_dtype),
 				l.query_dtype) * l.query_scale;
-		if (!isfinite(x))
+		if (!isfinite(x)) {
 			atomicMax(reinterpret_cast<u64 *>(l.bad_query),
 				  ~((u64(r.sequence * l.query_heads + head) * D + d) << 32 | __float_as_uint(x)));
+			park(l);
+		}
 	}
 }
 
@@ -76,6 +78,8 @@ __device__ void check_queries(const Layer &l, RowIndex r)
 template <int T, int D, int N>
 __device__ __forceinline__ void dense(const Layer &l)
 {
+	if (idle(l))
+		return;
 	extern __shared__ __align__(128) uint8_t memory[];
 	__shared__ Queries<D, N> q;
 	__shared__ bool last;

@@ -18,6 +18,8 @@ constexpr int kMaxCluster = 8;
 template <int T, int D, int N, int Threads>
 __device__ __forceinline__ void fused(const Layer &l)
 {
+	if (idle(l)) // all blocks of the cluster
+		return;
 	constexpr int W = Threads / 32, kHeads = N * kHeadsATile, kSteps = D / 16;
 	constexpr int kPerLane = D / 64; // 16-byte words of an INT4 record that a lane reads
 	extern __shared__ __align__(128) uint8_t memory[];
@@ -37,7 +39,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 	const RowIndex r = row_index(l, row);
 	const int from = l.first[r.sequence], length = l.lengths[r.sequence], budget = l.budgets[r.sequence];
 	const int path = path_of(l, r.sequence);
-	if (path != kSparse) { // all blocks of the cluster
+	if (path != kSparse) { // likewise
 		if (path == kVoid && rank == 0 && !l.lists_only)
 			for (int i = tid; i < l.asking * D; i += Threads)
 				write1(l.output + r.sequence * l.output_row + (r.query_head + i / D) * l.output_head +
@@ -562,8 +564,10 @@ __device__ __forceinline__ void fused(const Layer &l)
 		}
 		l.kept[row] = all_kept;
 		l.candidate_tokens[row] = all_tokens;
-		if (again)
+		if (again) {
 			atomicOr(&l.flags[r.sequence * kv_heads + r.kv_head], kRetry);
+			park(l);
+		}
 	}
 	if (C > 1)
 		cluster.sync(); // others may still read this block's memory

@@ -18,6 +18,7 @@ const (
 	InvalidValue  Code = 1
 	OutOfMemory   Code = 2
 	InvalidHandle Code = 400
+	NotReady      Code = 600
 	NotPermitted  Code = 800
 	NotSupported  Code = 801
 
