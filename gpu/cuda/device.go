@@ -51,6 +51,7 @@ type Device struct {
 	sms     int
 	owner   *owner
 	streams streams
+	nodes   int // of graphs; the owner's
 	kernels *kernels.Kernels
 
 	mu          sync.Mutex
@@ -91,7 +92,7 @@ func New(o Options) (*Device, error) {
 		if d.kernels, err = kernels.Load(device); err != nil {
 			return err
 		}
-		return d.streams.make()
+		return errors.Join(d.streams.make(), d.makeGraphRoom())
 	})
 	if err != nil {
 		d.owner.close()

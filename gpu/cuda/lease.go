@@ -272,6 +272,9 @@ func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, e
 		l.device.give(l, p.shadow)
 		return nil, explain(err)
 	}
+	for other := range l.caches {
+		other.armed.checked = checkedLayers{} // what they write may lie in this one
+	}
 	l.caches[c] = struct{}{}
 	return c, nil
 }

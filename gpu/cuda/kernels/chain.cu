@@ -58,11 +58,8 @@ __device__ __forceinline__ bool begin(const Layer &l)
 		if (go == kGo)
 			park(l);
 	}
-	if (!stop && blockIdx.x == 0 && threadIdx.x == 0) {
-		reinterpret_cast<volatile u32 *>(l.news)[kNewsLayer] = l.order;
-		if (*reinterpret_cast<const volatile u32 *>(l.status))
-			park(l); // the engine gave it up
-	}
+	if (!stop && blockIdx.x == 0 && threadIdx.x == 0 && *reinterpret_cast<const volatile u32 *>(l.status))
+		park(l); // the engine gave it up
 	return !stop;
 }
 
@@ -782,7 +779,7 @@ extern "C" __global__ void __launch_bounds__(128) twilight_attend8(const __grid_
 extern "C" __global__ void __launch_bounds__(128) twilight_attend16(const __grid_constant__ Layer l) { attend_any<16>(l); }
 
 // Sums the parts of a query head's attention, its sink's weight included, and writes its output.
-extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+__device__ __forceinline__ void combine(const Layer &l)
 {
 	if (idle(l))
 		return;
@@ -817,6 +814,11 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 		write1(out + d * size, x * scale, l.output_dtype);
 	}
 }
+extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+{
+	combine(l);
+	finish(l);
+}
 
 // Makes lists of what the fused kernel kept, a bit a token: a block a list row.
 extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
@@ -842,7 +844,7 @@ extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 
 // Copies the rows' lists to where the caller wants them: cut to a capacity each or, if that is 0, one
 // behind another. A block a list row.
-extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+__device__ __forceinline__ void lists(const Layer &l)
 {
 	if (idle(l))
 		return;
@@ -871,6 +873,11 @@ extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 		l.out_lists[at + i] = dense ? l.first[b] + i : list[i];
 	if (threadIdx.x == 0 && l.out_counts)
 		l.out_counts[row] = n;
+}
+extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+{
+	lists(l);
+	finish(l);
 }
 
 // Offsets by which the host checks its idea of Layer.

@@ -218,6 +218,16 @@ __device__ __forceinline__ void park(const Layer &l)
 	reinterpret_cast<volatile u32 *>(l.news)[kNewsParked] = l.order;
 }
 
+// Says that a block is over, for the kernels that may be a layer's last.
+__device__ __forceinline__ void finish(const Layer &l)
+{
+	if (!l.finished)
+		return;
+	__syncthreads();
+	if (threadIdx.x == 0)
+		atomicAdd(l.finished, 1);
+}
+
 // Whether a layer's kernels have nothing to do. It does not change while they run.
 __device__ __forceinline__ bool idle(const Layer &l) { return l.run && *reinterpret_cast<volatile u32 *>(l.run) == 0; }
 

@@ -566,6 +566,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 	extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Layer l) \
 	{ \
 		fused<type, dim, tiles, threads>(l); \
+		finish(l); \
 	}
 
 FUSED(twilight_fused_fp16_128_4_256, F16, 128, 1, 256, 2)

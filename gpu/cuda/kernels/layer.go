@@ -52,7 +52,7 @@ type Layer struct {
 	OutLists, OutCounts          uint64
 	KeptMasks                    uint64
 
-	Go, Run, Plan, Gate, Status, News uint64
+	Go, Run, Plan, Gate, Status, Finished, News uint64
 
 	Batch, QueryHeads, KVHeads, Asking, Rows  int32
 	KDim, VDim                                int32
