@@ -51,6 +51,7 @@ type armer struct {
 	// The lease's lock guards these.
 	slots      [gpu.MaxArmed + 1]armedStep
 	given      uint32 // the last step that was given to the stream
+	checked    checkedLayers
 	layout     []armedLayer
 	layouts    int // how often it changed
 	graphs     []*stepGraph
@@ -70,7 +71,7 @@ type armer struct {
 
 	// What follows belongs to watch.
 	since    time.Time // the step that runs came on, or became the first
-	progress uint32
+	progress int
 	first    uint32
 	answer   gpu.ArmedResult
 	layers   []gpu.LayerResult
@@ -78,13 +79,14 @@ type armer struct {
 	call     layerCall
 }
 
-// Offsets of an armer's words: the gate's two, how far the stream has come, and the level at which the
-// heads of all layers are trained.
+// Offsets of an armer's words: the gate's two, how many layers were rung, how many blocks are over, and the
+// level at which the heads of all layers are trained.
 const (
-	stateGate    = 0
-	stateReached = 8
-	stateTrained = 12
-	stateBytes   = 16
+	stateGate     = 0
+	stateReached  = 8
+	stateFinished = 12
+	stateTrained  = 16
+	stateBytes    = 20
 	// foundAt is an index into news.
 	foundAt = kernels.NewsWords
 )
@@ -189,7 +191,7 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	case step.WaitTimeout < 0 || step.WaitTimeout > gpu.MaxWaitTimeout:
 		return fault.Newf(fault.OutOfRange, "armed.wait_timeout_ms", "%v must be in [0, %v]", step.WaitTimeout, gpu.MaxWaitTimeout)
 	}
-	n, last := a.settled()
+	n, last := a.settled(gpu.MaxArmed - 1)
 	if n == gpu.MaxArmed {
 		return fault.Exhaustedf("armed", 1, 0, "%d steps of the cache are armed: wait for the first to end", gpu.MaxArmed)
 	}
@@ -201,18 +203,12 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 		return fault.Newf(fault.Precondition, "armed",
 			"step %d, which is armed before, brings its batch when it begins: wait for its end", last.id)
 	}
-	err := c.lease.device.owner.do(ctx, func() error {
-		if err := a.prepare(); err != nil {
-			return err
+	if !a.ready || n == 0 && a.behind() {
+		if err := c.lease.device.owner.do(ctx, func() error { return errors.Join(a.prepare(), a.flush()) }); err != nil {
+			return explain(err)
 		}
-		if n == 0 {
-			return a.flush()
-		}
-		return nil
-	})
-	if err != nil {
-		return explain(err)
 	}
+	var err error
 	s.training, a.works = training{}, a.works[:0]
 	if step.Batch == nil {
 		err = a.declare(s, step.Step)
@@ -231,25 +227,30 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	return nil
 }
 
-// settled returns how many steps are armed, and the last of them. It waits for one that only has to end.
-func (a *armer) settled() (n int, last *armedStep) {
-	for i := range 1000 {
+// settled returns how many steps are armed, and the last of them. If they are more than most, it gives the
+// first, which may be over but for its answer, a moment.
+func (a *armer) settled(most int) (n int, last *armedStep) {
+	for start := time.Now(); ; time.Sleep(20 * time.Microsecond) {
 		a.mu.Lock()
 		n, last = len(a.queue), nil
-		ending := false
+		runs := false
 		if n > 0 {
 			last = a.queue[n-1]
-			first := a.queue[0]
-			ending = a.hears(kernels.NewsStep) == first.given && int(a.hears(kernels.NewsLayer)) == len(first.layers) &&
-				a.hears(kernels.NewsParked) == 0 && first.cause.Load() == nil
+			runs = a.hears(kernels.NewsStep) == a.queue[0].given && a.queue[0].cause.Load() == nil
 		}
 		a.mu.Unlock()
-		if !ending {
-			break
+		const moment = 2 * time.Millisecond
+		if n <= most || !runs || time.Since(start) > moment {
+			return n, last
 		}
-		time.Sleep(time.Duration(min(i, 50)) * 20 * time.Microsecond)
 	}
-	return n, last
+}
+
+// behind tells whether the stream still has to get through steps.
+func (a *armer) behind() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.waiting > 0
 }
 
 // free is a slot that no step has: there is one more than can be armed.
@@ -345,12 +346,64 @@ func (c *cache) fillArmed(s *armedStep, step *gpu.ArmedStep) (err error) {
 		rows = len(step.Step.Lengths)
 	}
 	s.layers = sized(s.layers, len(step.Layers))
+	if c.armed.checked.is(step.Layers, rows) {
+		copy(s.layers, c.armed.checked.layers)
+		s.extents = append(s.extents, c.armed.checked.extents...)
+		return nil
+	}
+	words := len(s.extents)
 	for i := range step.Layers {
 		if err := c.fillLayer(s, step, i, rows); err != nil {
 			return fault.In(fmt.Sprintf("armed.layers[%d]", i), armedFields(err))
 		}
 	}
+	c.armed.checked.set(step.Layers, rows, s.layers, s.extents[words:])
 	return nil
+}
+
+// checkedLayers are layers that were checked last: an engine arms the same again and again.
+type checkedLayers struct {
+	asked   []gpu.ArmedLayer
+	lists   []gpu.ListBuffer // what theirs point to
+	rows    int
+	layers  []armedLayer
+	extents []extent
+}
+
+func (k *checkedLayers) set(asked []gpu.ArmedLayer, rows int, layers []armedLayer, extents []extent) {
+	k.asked, k.lists, k.rows = append(k.asked[:0], asked...), k.lists[:0], rows
+	k.layers, k.extents = append(k.layers[:0], layers...), append(k.extents[:0], extents...)
+	for i := range asked {
+		if asked[i].ListBuffer == nil {
+			k.lists = append(k.lists, gpu.ListBuffer{})
+		} else {
+			k.lists = append(k.lists, *asked[i].ListBuffer)
+		}
+	}
+}
+
+// is tells whether layers are the same, in memory that is still there.
+func (k *checkedLayers) is(asked []gpu.ArmedLayer, rows int) bool {
+	if len(asked) != len(k.asked) || rows != k.rows {
+		return false
+	}
+	for i := range asked {
+		x, y := &asked[i], &k.asked[i]
+		if x.Layer != y.Layer || x.Ready != y.Ready || x.Done != y.Done || !sameTensor(&x.Query, &y.Query) || !sameTensor(&x.Output, &y.Output) ||
+			(x.ListBuffer == nil) != (y.ListBuffer == nil) || x.ListBuffer != nil && *x.ListBuffer != k.lists[i] {
+			return false
+		}
+	}
+	for i := range k.extents {
+		if k.extents[i].memory.base == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+func sameTensor(a, b *gpu.Tensor) bool {
+	return a.Memory == b.Memory && a.Offset == b.Offset && a.RowStride == b.RowStride && a.HeadStride == b.HeadStride
 }
 
 func (c *cache) fillLayer(s *armedStep, step *gpu.ArmedStep, i, rows int) (err error) {
@@ -423,7 +476,7 @@ func (s *armedStep) word(l *lease, at gpu.Span, field string) (drv.Ptr, error) {
 
 // idle refuses what cannot be done while steps are armed.
 func (a *armer) idle() error {
-	if n, last := a.settled(); n > 0 {
+	if n, last := a.settled(0); n > 0 {
 		return fault.Newf(fault.Precondition, "step_id", "step %d of the cache is armed: wait for its end or cancel it", last.id)
 	}
 	return nil
@@ -505,6 +558,7 @@ func (a *armer) release() error {
 	a.ready = false
 	errs := []error{a.flush()}
 	for _, g := range a.graphs {
+		a.cache.lease.device.nodes -= g.exec.Nodes
 		errs = append(errs, g.exec.Destroy())
 	}
 	for i := range a.slots {

@@ -27,8 +27,10 @@ type stepGraph struct {
 	request []gpu.LayerRequest
 	image   imageLayout
 	results resultsLayout
-	users   int // armed steps
-	used    uint32
+	// finished is what Finished holds once a layer's kernels are over, by layer of the step.
+	finished []uint32
+	users    int // armed steps
+	used     uint32
 }
 
 // graphKey is all that a graph's launches and the addresses in them follow from.
@@ -248,37 +250,50 @@ func (a *armer) putTables(out []byte, at *imageLayout, patchesAt, entriesAt int)
 	}
 }
 
-// maxGraphs is how many sizes of batches have a graph at a time.
-const maxGraphs = 16
-
 // graph returns the graph for a key, on the owner's thread.
 func (a *armer) graph(s *armedStep, key graphKey) (*stepGraph, error) {
 	key.results, key.scratch = a.results.ptr, a.scratch.ptr
+	nodes := 0
 	for _, g := range a.graphs {
 		if g.key == key {
 			return g, nil
 		}
+		nodes = max(nodes, g.exec.Nodes)
+	}
+	if err := a.makeRoom(nodes); err != nil {
+		return nil, err
 	}
 	g := &stepGraph{key: key, image: a.cache.imageLayout(key.rows, len(s.layers), key.chunkStride)}
 	if err := a.build(g, s); err != nil {
 		return nil, err
 	}
+	a.cache.lease.device.nodes += g.exec.Nodes
+	a.graphs = append(a.graphs, g)
+	return g, nil
+}
+
+// makeRoom sees that another graph of so many nodes finds room, by giving up those used longest ago.
+func (a *armer) makeRoom(nodes int) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.graphs = append(a.graphs, g)
-	var errs []error
-	for len(a.graphs) > maxGraphs {
-		// Those of other sizes, or of memory that has moved since, are used no more.
-		oldest := slices.IndexFunc(a.graphs, func(g *stepGraph) bool { return g.users == 0 })
-		for i, other := range a.graphs {
-			if other.users == 0 && other.used < a.graphs[oldest].used && other != g {
+	d := a.cache.lease.device
+	for d.nodes+nodes > graphNodes {
+		oldest := -1
+		for i, g := range a.graphs {
+			if g.users == 0 && (oldest < 0 || g.used < a.graphs[oldest].used) {
 				oldest = i
 			}
 		}
-		errs = append(errs, a.graphs[oldest].exec.Destroy())
+		if oldest < 0 {
+			break
+		}
+		d.nodes -= a.graphs[oldest].exec.Nodes
+		if err := a.graphs[oldest].exec.Destroy(); err != nil {
+			return err
+		}
 		a.graphs = slices.Delete(a.graphs, oldest, oldest+1)
 	}
-	return g, errors.Join(errs...)
+	return nil
 }
 
 // build makes a graph.
@@ -328,10 +343,11 @@ func (a *armer) build(g *stepGraph, s *armedStep) error {
 	var ops drv.MemOps
 	finish := func(j int) {
 		ops.Reset()
-		ops.Write(a.state.ptr+stateReached, uint32(j+1))
 		ops.WaitAtLeast(key.image+uint64(g.image.goes+4*j), kernels.Go)
 		ops.Write(s.layers[j].done, 1)
+		ops.Write(a.state.ptr+stateReached, uint32(j+1))
 	}
+	finished := 0
 	exec, err := drv.Capture(l.stream, func() error {
 		for j := range layers {
 			ops.Wait(s.layers[j].ready, 1)
@@ -354,6 +370,8 @@ func (a *armer) build(g *stepGraph, s *armedStep) error {
 			}
 			g.calls[j] = *call
 			g.calls[j].scratch, g.calls[j].paths = nil, nil
+			finished += c.lastBlocks()
+			g.finished = append(g.finished, uint32(finished))
 			finish(j)
 		}
 		return ops.Run(l.stream)
@@ -390,7 +408,7 @@ func (a *armer) describe(g *stepGraph, s *armedStep, j int) error {
 	}
 	d.Go, d.Run = image+uint64(at.goes+4*j), image+uint64(at.run+4*j)
 	d.Plan = image + uint64(at.plan+4*kernels.PlanWords*j)
-	d.Gate, d.Status, d.News = a.state.ptr+stateGate, s.status, newsPtr(a)
+	d.Gate, d.Status, d.Finished, d.News = a.state.ptr+stateGate, s.status, a.state.ptr+stateFinished, newsPtr(a)
 	d.Order = int32(j + 1)
 
 	if key.carry != 0 {
@@ -419,12 +437,32 @@ func newsPtr(a *armer) drv.Ptr {
 	return drv.Ptr(uintptr(unsafe.Pointer(unsafe.SliceData(a.news.data))))
 }
 
+// lastBlocks is how many blocks of the call's kernels say that they are over.
+func (c *cache) lastBlocks() (n int) {
+	a, d := &c.call, &c.call.desc
+	if a.fused {
+		n = int(d.Rows) * a.plan.cluster
+	}
+	switch _, alone := c.denseLaunch(); {
+	case !c.attends():
+	case alone:
+		n += int(d.Rows * d.Splits)
+	default:
+		n += int(d.Batch * d.QueryHeads)
+	}
+	if d.OutLists != 0 {
+		n += int(d.Rows)
+	}
+	return n
+}
+
 // launch gives the stream a step.
 func (a *armer) launch(s *armedStep, used int) error {
 	l, g := a.cache.lease, s.graph
 	if err := s.back.reserve(g.results.back); err != nil {
 		return err
 	}
+	limbo.enter()
 	errs := []error{
 		upload(a.image.ptr, s.image.data[:used], a.stream),
 		zero(a.results.ptr, g.results.size, a.stream),
@@ -454,11 +492,7 @@ func (a *armer) launch(s *armedStep, used int) error {
 	errs = append(errs,
 		download(s.back.data[:g.results.back], a.results.ptr, a.stream),
 		a.signal.Behind(a.stream))
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	limbo.enter()
-	return nil
+	return errors.Join(errs...)
 }
 
 // tokensOf is how many tokens a work indexes.

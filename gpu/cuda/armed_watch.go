@@ -78,7 +78,7 @@ func (a *armer) watch(started chan<- error) {
 func (a *armer) attend(s *armedStep) (acted bool, err error) {
 	now := time.Now()
 	if a.first != s.given {
-		a.first, a.progress, a.since = s.given, 0, now
+		a.first, a.progress, a.since = s.given, -1, now
 	}
 	if a.over(s) {
 		return true, a.finish(s, nil, len(s.layers))
@@ -92,15 +92,23 @@ func (a *armer) attend(s *armedStep) (acted bool, err error) {
 		}
 		return false, nil
 	}
-	// From 1, so that the beginning is progress, too.
-	if progress := a.hears(kernels.NewsLayer) + 1; progress != a.progress {
+	progress, finished, err := a.reached()
+	if err != nil {
+		return true, err
+	}
+	if progress != a.progress {
 		a.progress, a.since = progress, now
 	}
-	if parked := int(a.hears(kernels.NewsParked)); parked > 0 {
-		return a.unpark(s, parked-1)
+	if slot := a.hears(kernels.NewsSlot); slot > 0 {
+		c := a.cache
+		return true, a.fail(s, fault.Newf(fault.OutOfRange, fmt.Sprintf("device.slots.slots[%d]", slot-1),
+			"is neither -1 nor in [0, %d)", c.spec.PageSize*c.spec.NumPages))
 	}
-	if layer := int(a.progress) - 1; now.Sub(a.since) > s.timeout && layer < len(s.layers) {
-		return true, a.fail(s, fault.Newf(fault.Deadline, fmt.Sprintf("armed.layers[%d].ready", layer), "was not rung within %v", s.timeout))
+	if parked := int(a.hears(kernels.NewsParked)); parked > 0 {
+		return a.unpark(s, parked-1, finished)
+	}
+	if now.Sub(a.since) > s.timeout && progress < len(s.layers) {
+		return true, a.fail(s, fault.Newf(fault.Deadline, fmt.Sprintf("armed.layers[%d].ready", progress), "was not rung within %v", s.timeout))
 	}
 	return false, nil
 }
@@ -108,14 +116,14 @@ func (a *armer) attend(s *armedStep) (acted bool, err error) {
 // over tells whether the stream is through with a step.
 func (a *armer) over(s *armedStep) bool { return int32(a.signal.Count()-s.given) >= 0 }
 
-// reached is how many layers' kernels are over.
-func (a *armer) reached() (int, error) {
-	n := a.news.data[4*(foundAt+1):][:4]
-	if err := download(n, a.state.ptr+stateReached, a.help); err != nil {
-		return 0, err
+// reached is how many layers of the step that runs were rung, and how many blocks of their kernels are over.
+func (a *armer) reached() (layers int, finished uint32, err error) {
+	words := a.news.data[4*(foundAt+1):][:8]
+	if err := download(words, a.state.ptr+stateReached, a.help); err != nil {
+		return 0, 0, err
 	}
-	err := a.helped()
-	return int(binary.NativeEndian.Uint32(n)), err
+	err = a.helped()
+	return int(binary.NativeEndian.Uint32(words)), binary.NativeEndian.Uint32(words[4:]), err
 }
 
 // helped waits until the stream that helps has done all. It has nothing to wait for.
@@ -133,14 +141,9 @@ func (a *armer) helped() error {
 }
 
 // unpark does what a layer needs that has parked the stream.
-func (a *armer) unpark(s *armedStep, j int) (acted bool, err error) {
-	if n, err := a.reached(); err != nil || n < j+1 {
-		return err == nil, err // its kernels still run
-	}
-	if slot := a.hears(kernels.NewsSlot); slot > 0 {
-		c := a.cache
-		return true, a.fail(s, fault.Newf(fault.OutOfRange, fmt.Sprintf("device.slots.slots[%d]", slot-1),
-			"is neither -1 nor in [0, %d)", c.spec.PageSize*c.spec.NumPages))
+func (a *armer) unpark(s *armedStep, j int, finished uint32) (acted bool, err error) {
+	if finished != s.graph.finished[j] {
+		return true, nil // its kernels still run
 	}
 	g := s.graph
 	call := &g.calls[j]
@@ -231,7 +234,7 @@ func (a *armer) runOnce(s *armedStep, j int, t training, chain bool) (bad uint64
 	*call = g.calls[j]
 	call.rows, call.training, call.captured = s.rows, t, false
 	d := &call.desc
-	d.Go, d.Run = 0, 0 // it runs whatever they say
+	d.Go, d.Run, d.Finished = 0, 0, 0 // it runs whatever they say
 	if chain {
 		call.fused = false
 	}
@@ -274,6 +277,8 @@ func (a *armer) runOnce(s *armedStep, j int, t training, chain bool) (bad uint64
 
 // fail fails a step and all behind it.
 func (a *armer) fail(s *armedStep, cause *fault.Error) error {
+	// The driver itself may not get through.
+	defer time.AfterFunc(2*stuck, func() { a.cache.lease.device.stuck("the end of an armed step") }).Stop()
 	s.cause.CompareAndSwap(nil, cause)
 	cause = s.cause.Load()
 	a.mu.Lock()
@@ -342,7 +347,7 @@ func (a *armer) await(s *armedStep) (int, error) {
 			return len(s.layers), nil
 		}
 		if parked := int(a.hears(kernels.NewsParked)); parked > 0 {
-			if n, err := a.reached(); err != nil || n == parked {
+			if _, finished, err := a.reached(); err != nil || finished == s.graph.finished[parked-1] {
 				return parked - 1, err
 			}
 		}

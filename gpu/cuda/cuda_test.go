@@ -35,6 +35,8 @@ import (
 var (
 	cases = flag.Int("cases", 300, "random cases that TestAgainstHost runs")
 	seed  = flag.Uint64("seed", 1, "seed of the first; case i has seed+i")
+
+	history = flag.Int("history", 400, "armed steps of a random history that TestSharedMemory runs for each page size")
 )
 
 func newDevice(t testing.TB) *Device { return newDeviceOf(t, Options{}) }
@@ -62,17 +64,14 @@ func TestSelfTest(t *testing.T) {
 // TestConformance runs the suite that every device must pass, on memory of another process. Memory by
 // VMM, which comes in chunks of megabytes only, is left to TestAgainstHost.
 func TestConformance(t *testing.T) {
-	_, uuid, err := drv.Find("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, lender{kind: gpu.CUDAIPC, uuid: uuid},
+	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, lender{kind: gpu.CUDAIPC},
 		gputest.Extrapolation(1e-2))
 }
 
 // TestSharedMemory runs it on shared memory of the host.
 func TestSharedMemory(t *testing.T) {
-	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, mapped{}, gputest.Extrapolation(1e-2))
+	gputest.Run(t, func(t testing.TB) gpu.Device { return newDevice(t) }, mapped{},
+		gputest.Extrapolation(1e-2), gputest.HistorySteps(*history))
 }
 
 // scenario is a random cache, config and decode, run on the CPU and on the GPU.
@@ -310,7 +309,7 @@ func againstHost(t *testing.T, cases int, device *Device, random func(r *rand.Ra
 			r := rand.New(rand.NewPCG(n, 0))
 			s := random(r)
 			kind := pick(r, gpu.CUDAIPC, gpu.CUDAVMM)
-			worst = max(worst, s.compare(t, r, device, lender{kind, device.uuid, pick(r, 0, 768)}, cpu, all))
+			worst = max(worst, s.compare(t, r, device, lender{kind: kind, headroom: pick(r, 0, 768)}, cpu, all))
 			if t.Failed() {
 				t.Logf("%+v", s)
 			}
@@ -610,7 +609,7 @@ func TestByCost(t *testing.T) {
 		run := func(below int) (res gpu.LayerResult, crossover int) {
 			s.config = fmt.Sprintf(`{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
 				"weight_pruner": {"type": "top_p"}, "skip_first_two_layers": false, "dense_below": %d}`, below)
-			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 			p.buffer.Write(0, data)
 			step := &kv.Step{}
 			for b, table := range l.Tables(nil) {
@@ -673,7 +672,7 @@ func TestBadTables(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 			data := make([]byte, l.Size())
 			for i := range data {
 				data[i] = byte(r.Uint32()) &^ 0x40 // finite numbers below 2
@@ -750,7 +749,7 @@ func TestFuzzedBatches(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Run(fmt.Sprintf("seed=%d", n), func(t *testing.T) {
-			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 			c := p.cache.(*cache)
 			data := make([]byte, l.Size())
 			for i := range data {
@@ -850,7 +849,7 @@ func TestSteadyState(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+	p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 	lease := p.cache.(*cache).lease
 	step := &kv.Step{
 		Sequences: []uint64{1}, Lengths: []int32{100}, TableCounts: []uint32{7}, TableEntries: l.Tables(nil)[0],

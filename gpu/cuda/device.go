@@ -53,6 +53,7 @@ type Device struct {
 	bandwidth float64
 	owner     *owner
 	streams   streams
+	nodes     int // of graphs; the owner's
 	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
@@ -96,7 +97,7 @@ func New(o Options) (*Device, error) {
 		if d.kernels, err = kernels.Load(device); err != nil {
 			return err
 		}
-		return d.streams.make()
+		return errors.Join(d.streams.make(), d.makeGraphRoom())
 	})
 	if err != nil {
 		d.owner.close()

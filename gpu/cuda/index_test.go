@@ -48,7 +48,7 @@ func TestRecords(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 			keys := make([]float32, heads*tokens*dim)
 			for i := range keys {
 				keys[i] = float32(r.NormFloat64())

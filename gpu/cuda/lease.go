@@ -278,6 +278,9 @@ func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, err
 		l.device.give(l, p.shadow)
 		return nil, explain(err)
 	}
+	for other := range l.caches {
+		other.armed.checked = checkedLayers{} // what they write may lie in this one
+	}
 	l.caches[c] = struct{}{}
 	return c, nil
 }

@@ -28,7 +28,7 @@ func (w *waits) free(f func() error) error {
 	return f()
 }
 
-// enter says that a stream will wait.
+// enter is called before a stream is made to wait. It waits for what is being given back.
 func (w *waits) enter() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

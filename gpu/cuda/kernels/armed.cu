@@ -32,10 +32,10 @@ twilight_begin(const __grid_constant__ Layer l, Step *s, uint32_t *gate, uint32_
 {
 	__shared__ bool halted;
 	if (threadIdx.x == 0) {
-		*reinterpret_cast<volatile u32 *>(reached) = 0;
+		*reinterpret_cast<volatile u32 *>(reached) = *reinterpret_cast<volatile u32 *>(l.finished) = 0;
 		halted = enter(gate, s->id);
 		if (!halted) {
-			for (int i : {kNewsLayer, kNewsParked, kNewsSlot})
+			for (int i : {kNewsParked, kNewsSlot})
 				tell(l.news, i, 0);
 			tell(l.news, kNewsStep, s->id);
 		}

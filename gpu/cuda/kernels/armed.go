@@ -64,10 +64,9 @@ const (
 	Skip = 2
 
 	NewsStep   = 0
-	NewsLayer  = 1
-	NewsParked = 2
-	NewsSlot   = 3
-	NewsWords  = 4
+	NewsParked = 1
+	NewsSlot   = 2
+	NewsWords  = 3
 )
 
 // PlanWords are the words of a layer's plan. MaxLevels is how many training levels a method has at most.

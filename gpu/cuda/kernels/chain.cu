@@ -11,7 +11,12 @@ extern "C" __global__ void twilight_check(const __grid_constant__ Layer l, int32
 	if (l.carry_counts) // a step begins with nothing left by the last one
 		for (int i = threadIdx.x; i < l.rows / l.batch; i += blockDim.x)
 			l.carry_counts[b * (l.rows / l.batch) + i] = 0;
-	bool bad = length < 1 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
+	if (length == 0) {
+		if (threadIdx.x == 0)
+			found[b] = 0;
+		return;
+	}
+	bool bad = length < 0 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
 		   length > int64_t(l.chunk_stride) * kChunk;
 	int pages = bad ? 0 : (length + l.page_size - 1) / l.page_size;
 	if (!bad) {
@@ -56,11 +61,8 @@ __device__ __forceinline__ bool begin(const Layer &l)
 		if (go == kGo)
 			park(l);
 	}
-	if (!stop && blockIdx.x == 0 && threadIdx.x == 0) {
-		reinterpret_cast<volatile u32 *>(l.news)[kNewsLayer] = l.order;
-		if (*reinterpret_cast<const volatile u32 *>(l.status))
-			park(l); // the engine gave it up
-	}
+	if (!stop && blockIdx.x == 0 && threadIdx.x == 0 && *reinterpret_cast<const volatile u32 *>(l.status))
+		park(l); // the engine gave it up
 	return !stop;
 }
 
@@ -116,7 +118,7 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 	float *q = l.q + int64_t(i) * dims;
 	float factor = l.query_scale * l.softmax_scale;
 	if (path_of(l, b) == kVoid) {
-		if (l.bad[b] && l.paths[b] != kVoid && lane == 0)
+		if (l.bad[b] && lane == 0)
 			atomicOr(&l.flags[b * l.kv_heads + kv_head], kBadRow);
 		return;
 	}
@@ -1171,7 +1173,7 @@ extern "C" __global__ void __launch_bounds__(128) twilight_attend8(const __grid_
 extern "C" __global__ void __launch_bounds__(128) twilight_attend16(const __grid_constant__ Layer l) { attend_any<16>(l); }
 
 // Sums the parts of a query head's attention, its sink's weight included, and writes its output.
-extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+__device__ __forceinline__ void combine(const Layer &l)
 {
 	if (idle(l))
 		return;
@@ -1207,6 +1209,11 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 				x += parts[s * step + 2 + d] * __expf(parts[s * step] - top);
 		write1(out + d * size, x * scale, l.output_dtype);
 	}
+}
+extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+{
+	combine(l);
+	finish(l);
 }
 
 // Computes query heads densely, too: a block an audited query head. Twice over the keys, for the logits and
@@ -1346,7 +1353,7 @@ extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 
 // Copies the rows' lists to where the caller wants them: cut to a capacity each or, if that is 0, one
 // behind another. A block a list row.
-extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+__device__ __forceinline__ void lists(const Layer &l)
 {
 	if (idle(l))
 		return;
@@ -1374,6 +1381,11 @@ extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 		l.out_lists[at + i] = dense ? l.first[b] + i : list[i];
 	if (threadIdx.x == 0 && l.out_counts)
 		l.out_counts[row] = n;
+}
+extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+{
+	lists(l);
+	finish(l);
 }
 
 // Offsets by which the host checks its idea of Layer.

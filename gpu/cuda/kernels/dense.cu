@@ -91,7 +91,7 @@ __device__ __forceinline__ void dense(const Layer &l)
 	if (path == kVoid) {
 		for (int i = tid; i < l.asking * D && part == 0; i += kDenseThreads)
 			write1(output_at(l, r, i / D, i % D), 0, l.output_dtype);
-		if (l.bad[r.sequence] && l.paths[r.sequence] != kVoid && tid == 0)
+		if (l.bad[r.sequence] && tid == 0)
 			atomicOr(&l.flags[r.sequence * l.kv_heads + r.kv_head], kBadRow);
 		return;
 	}
@@ -163,6 +163,7 @@ __device__ __forceinline__ void dense(const Layer &l)
 	extern "C" __global__ void __launch_bounds__(kDenseThreads, blocks) name(const __grid_constant__ Layer l) \
 	{ \
 		dense<type, dim, tiles>(l); \
+		finish(l); \
 	}
 DENSE(twilight_dense_fp16_128_4, F16, 128, 1, 4)
 DENSE(twilight_dense_fp16_128_8, F16, 128, 2, 3)

@@ -44,7 +44,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 			for (int i = tid; i < l.asking * D; i += Threads)
 				write1(l.output + r.sequence * l.output_row + (r.query_head + i / D) * l.output_head +
 					       i % D * element_size(l.output_dtype), 0, l.output_dtype);
-		if (l.bad[r.sequence] && l.paths[r.sequence] != kVoid && tid == 0)
+		if (l.bad[r.sequence] && tid == 0)
 			atomicOr(&l.flags[r.sequence * l.kv_heads + r.kv_head], kBadRow);
 		return;
 	}
@@ -577,6 +577,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 	extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Layer l) \
 	{ \
 		fused<type, dim, tiles, threads>(l); \
+		finish(l); \
 	}
 
 FUSED(twilight_fused_fp16_128_4_256, F16, 128, 1, 256, 2)

@@ -62,7 +62,7 @@ type Layer struct {
 
 	Audited, AuditLogits, AuditResults uint64
 
-	Go, Run, Plan, Gate, Status, News uint64
+	Go, Run, Plan, Gate, Status, Finished, News uint64
 
 	Batch, QueryHeads, KVHeads, Asking, Rows  int32
 	KDim, VDim                                int32

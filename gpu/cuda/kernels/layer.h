@@ -39,7 +39,7 @@ struct Layer {
 	const int32_t *lengths, *first; // [B]
 	const int32_t *table, *vtable;  // [B][table_stride] page ids
 	const int32_t *chunk_ids;       // [B][chunk_stride] shadow chunks; null: they follow from the page
-	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range, or no tokens
+	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range
 	const int32_t *paths;           // [B] Path
 	const double *p;                // [B] share to keep in place of thresholds; 0: none
 	const double *thresholds;       // [Hq] the pruner's
@@ -107,6 +107,7 @@ struct Layer {
 	const int32_t *plan;    // [4]: its first work, how many, whether the host is to run the layer, unused
 	const uint32_t *gate;   // [2]: the step that runs, the last one that was halted
 	const uint32_t *status; // the engine's
+	uint32_t *finished;     // how many blocks of layers' last kernels are over
 	uint32_t *news;         // News, to the host
 
 	int32_t batch, query_heads, kv_heads, asking, rows;
@@ -146,6 +147,5 @@ enum Prunes : int32_t { kPruneNone, kPruneTopP, kPruneThreshold };
 
 // kPark: the stream waits until the host says kGo, if it has run the layer, or kSkip.
 enum Go : uint32_t { kPark, kGo, kSkip };
-// The step that has begun, and of it the layer last begun, that of which the host is to know, and the slot
-// out of range; from 1.
-enum News { kNewsStep, kNewsLayer, kNewsParked, kNewsSlot, kNewsWords };
+// The step that has begun, and of it the layer that the host is to look at, and the slot out of range; from 1.
+enum News { kNewsStep, kNewsParked, kNewsSlot, kNewsWords };
