@@ -10,6 +10,8 @@ MAKEFLAGS += --no-print-directory
 GO ?= go
 # Arguments of the demo: make demo ARGS=--json
 ARGS ?=
+# At least 3.10.
+PYTHON ?= python3
 # Which benchmarks to run, and where.
 BENCH ?= .
 BENCH_PACKAGES ?= ./...
@@ -35,6 +37,7 @@ PLAYWRIGHT_VERSION := 1.65.1
 GRPCURL_VERSION := v1.9.4
 PROTOC_GEN_GO_VERSION := v1.36.12
 PROTOC_GEN_GO_GRPC_VERSION := v1.6.2
+GRPCIO_TOOLS_VERSION := 1.76.0
 
 .PHONY: help
 help: ## Describe the targets
@@ -105,19 +108,25 @@ lint: $(BIN)/buf $(BIN)/golangci-lint ## Check style, import rules and formattin
 	buf lint
 	buf format --diff --exit-code proto
 
+PYTHON_PROTO := client/python/src/twilight_client/_proto/twilight
+# protoc imports messages from the top of sys.path; ours lie in a package.
+GENERATE = buf generate --output $(1) && \
+	find $(1)/$(PYTHON_PROTO) -name '*_pb2.py*' -exec sed -i 's/^from twilight\.v1 import/from . import/' {} +
+
 .PHONY: generate
-generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Generate Go code from proto/
+generate: $(BIN)/buf $(BIN)/protoc $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Generate Go and Python code from proto/
 	find proto -name '*.pb.go' -delete
-	buf generate
+	rm -rf $(PYTHON_PROTO)
+	$(call GENERATE,.)
 
 # Generates beside the tree and compares, so it tells the same with or without uncommitted work.
 .PHONY: check-generate
-check-generate: $(BIN)/buf $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Fail unless the generated code is current
+check-generate: $(BIN)/buf $(BIN)/protoc $(BIN)/protoc-gen-go $(BIN)/protoc-gen-go-grpc ## Fail unless the generated code is current
 	@rm -rf $(TMP)/generated
-	@buf generate --output $(TMP)/generated
-	@sums() { cd "$$1" && find . -name '*.pb.go' -exec sha256sum {} + | sort -k 2; }; \
-	diff <(sums proto) <(sums $(TMP)/generated/proto) || \
-		{ echo "generated code in proto/ is not current: run 'make generate'" >&2; exit 1; }
+	@$(call GENERATE,$(TMP)/generated)
+	@sums() { cd "$$1" && find proto $(PYTHON_PROTO) \( -name '*.pb.go' -or -name '*_pb2.py*' \) -exec sha256sum {} + | sort -k 2; }; \
+	diff <(sums .) <(sums $(TMP)/generated) || \
+		{ echo "the code that proto/ generates is not current: run 'make generate'" >&2; exit 1; }
 
 # Compared with the commit where this branch left origin/main or, on main itself, with the commit
 # before: no baseline to keep, no network. A clone of one commit can only be compared with itself,
@@ -149,6 +158,8 @@ describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and
 
 include gpu/cuda/cuda.mk
 
+include client/python/python.mk
+
 E2E := $(abspath $(TMP))/e2e
 E2E_CONFIG := telemetry/e2e/config.json
 
@@ -178,7 +189,7 @@ ci: ## Run all that a change must pass
 	.ci/run
 
 .PHONY: tools
-tools: $(addprefix $(BIN)/,buf golangci-lint grpcurl protoc-gen-go protoc-gen-go-grpc) ## Install the pinned tools into .tmp/bin
+tools: $(addprefix $(BIN)/,buf golangci-lint grpcurl protoc protoc-gen-go protoc-gen-go-grpc uv) ## Install the pinned tools into .tmp/bin
 
 .PHONY: clean
 clean: ## Remove the tools and all that was built
@@ -218,9 +229,20 @@ $(BIN)/protoc-gen-go-grpc: $(PINS)/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSI
 	$(GO_INSTALL) google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GO_GRPC_VERSION)
 	@touch $@
 
-# uv resolves its hundreds of requirements in seconds; pip takes minutes.
-$(TMP)/phoenix/bin/phoenix: $(PINS)/phoenix@$(PHOENIX_VERSION)
-	python3 -m venv --clear $(TMP)/phoenix
-	$(TMP)/phoenix/bin/pip install --quiet uv==$(UV_VERSION)
-	$(TMP)/phoenix/bin/uv pip install --quiet --python $(TMP)/phoenix/bin/python arize-phoenix==$(PHOENIX_VERSION)
+$(BIN)/uv: $(PINS)/uv@$(UV_VERSION)
+	$(PYTHON) -m venv --clear $(TMP)/uv
+	$(TMP)/uv/bin/pip install --quiet uv==$(UV_VERSION)
+	ln -sf ../uv/bin/uv $@
+	@touch $@
+
+# protoc for Python comes as a Python module.
+$(BIN)/protoc: $(PINS)/protoc@$(GRPCIO_TOOLS_VERSION) | $(BIN)/uv
+	uv venv --quiet --clear --python $(PYTHON) $(TMP)/protoc
+	uv pip install --quiet --python $(TMP)/protoc/bin/python grpcio-tools==$(GRPCIO_TOOLS_VERSION)
+	printf '#!/bin/sh\nexec "$${0%%/*}/../protoc/bin/python" -m grpc_tools.protoc "$$@"\n' >$@
+	chmod +x $@
+
+$(TMP)/phoenix/bin/phoenix: $(PINS)/phoenix@$(PHOENIX_VERSION) | $(BIN)/uv
+	uv venv --quiet --clear --python $(PYTHON) $(TMP)/phoenix
+	uv pip install --quiet --python $(TMP)/phoenix/bin/python arize-phoenix==$(PHOENIX_VERSION)
 	@touch $@

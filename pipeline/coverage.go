@@ -76,6 +76,10 @@ func (p *Pipeline) grow(s *Scratch, row *Row) (finite bool) {
 //
 // The last two take twice and four times the memory. Never letting the line fall changed nothing. The .54
 // is a row with two needles, ranked 85th and 117th of 257.
+//
+// Of 6144 tokens of other code the worst row has .80. There the larger of exp(variance/2) and the mean of
+// exp(residual) (smearing: Duan, JASA 78(383), 1983) gives .95, for 1% more candidates here and there; it
+// wants the points twice, and the other texts' worst rows stay as they are.
 type cover struct {
 	ranking  *selector.Ranking
 	from, to int    // positions, between the first and the current chunk, of units that can be points

@@ -17,10 +17,12 @@ an answer each, tensors in lent memory.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ DIM = 128
 HALF = 2
 LEAST_BYTES = 2 << 30  # that a graph reads, so that it finds nothing in a cache
 MOST_LAYERS = 16
+MOST_SPLITS = 64  # of a row's tokens, in Triton
 SHAPES = ",".join(
     f"{heads}x{batch}x{tokens}"
     for heads in ("32/32", "32/8")
@@ -157,15 +160,15 @@ def sdpa_time(data, rounds):
 @triton.jit
 def split_kernel(
     query, keys, values, table, partial, maximum, total, tokens, pages, page_stride, token_stride, scale,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """A split of the tokens of one sequence and KV head, for the heads of its group."""
-    b, h, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     heads = tl.num_programs(1) * GROUP
     g, d = tl.arange(0, WIDE), tl.arange(0, D)
     row = b * heads + h * GROUP + g
     q = tl.load(query + row[:, None] * D + d[None, :], mask=g[:, None] < GROUP, other=0)
-    each = tl.cdiv(tokens, SPLITS * BLOCK) * BLOCK
+    each = tl.cdiv(tokens, splits * BLOCK) * BLOCK
     m = tl.full([WIDE], float("-inf"), tl.float32)
     s = tl.zeros([WIDE], tl.float32)
     acc = tl.zeros([WIDE, D], tl.float32)
@@ -182,20 +185,21 @@ def split_kernel(
         s = s * old + tl.sum(p, 1)
         acc = acc * old[:, None] + tl.dot(p.to(tl.float16), v)
         m = new
-    at = row * SPLITS + split
+    at = row * splits + split
     tl.store(partial + at[:, None] * D + d[None, :], acc, mask=g[:, None] < GROUP)
     tl.store(maximum + at, m, mask=g < GROUP)
     tl.store(total + at, s, mask=g < GROUP)
 
 
 @triton.jit
-def combine_kernel(partial, maximum, total, output, D: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(partial, maximum, total, output, splits, D: tl.constexpr, MOST: tl.constexpr):
     """The splits of one query head."""
-    row, i, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, D)
-    m = tl.load(maximum + row * SPLITS + i)
+    row, i, d = tl.program_id(0), tl.arange(0, MOST), tl.arange(0, D)
+    there = i < splits
+    m = tl.load(maximum + row * splits + i, mask=there, other=float("-inf"))
     weight = tl.exp(m - tl.max(m, 0))
-    s = tl.sum(weight * tl.load(total + row * SPLITS + i), 0)
-    acc = tl.load(partial + (row * SPLITS + i)[:, None] * D + d[None, :])
+    s = tl.sum(weight * tl.load(total + row * splits + i, mask=there, other=0), 0)
+    acc = tl.load(partial + (row * splits + i)[:, None] * D + d[None, :], mask=there[:, None], other=0)
     tl.store(output + row * D + d, (tl.sum(acc * weight[:, None], 0) / s).to(tl.float16))
 
 
@@ -203,7 +207,7 @@ def triton_time(data, rounds):
     shape = data.shape
     rows = shape.batch * shape.query_heads
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
-    splits = max(1, min(64, triton.next_power_of_2(triton.cdiv(blocks, shape.batch * shape.kv_heads)), shape.tokens // 512))
+    splits = max(1, min(MOST_SPLITS, triton.cdiv(blocks, shape.batch * shape.kv_heads), shape.tokens // 512))
     partial = torch.empty(rows, splits, DIM, device="cuda")
     maximum, total = torch.empty(2, rows, splits, device="cuda")
 
@@ -211,10 +215,9 @@ def triton_time(data, rounds):
         split_kernel[(shape.batch, shape.kv_heads, splits)](
             data.query, layer[:, 0], layer[:, 1], data.table, partial, maximum, total, shape.tokens, shape.pages,
             layer.stride(0), layer.stride(2), 1 / math.sqrt(DIM),
-            PAGE=shape.page, GROUP=shape.group, WIDE=max(16, shape.group), D=DIM, BLOCK=64, SPLITS=splits, num_warps=4,
-            num_stages=3,
+            PAGE=shape.page, GROUP=shape.group, WIDE=max(16, shape.group), D=DIM, BLOCK=64, num_warps=4, num_stages=3,
         )
-        combine_kernel[(rows,)](partial, maximum, total, data.output, D=DIM, SPLITS=splits)
+        combine_kernel[(rows,)](partial, maximum, total, data.output, splits, D=DIM, MOST=MOST_SPLITS)
 
     call(data.layers[0])
     data.check("Triton")
@@ -222,7 +225,7 @@ def triton_time(data, rounds):
 
 
 def peers(shapes, rounds):
-    """By shape, then by peer."""
+    """By shape, then by peer; and why some are left out."""
     pool = torch.empty(max(LEAST_BYTES, *(s.layer_bytes for s in shapes)), dtype=torch.uint8, device="cuda")
     for part in pool.view(torch.float16).split(1 << 28):
         part.normal_()
@@ -241,8 +244,8 @@ def peers(shapes, rounds):
                 times[name] = run()
             except ImportError as e:
                 absent[name] = str(e)
-            except torch.OutOfMemoryError as e:
-                print(f"{shape.text}: {name}: {e}", file=sys.stderr)
+            except Exception as e:  # a peer's failure is not ours
+                absent[f"{name} at {shape.text}"] = f"{type(e).__name__}: {e}"
         found[shape.text] = times
         print(shape.text, json.dumps(times), file=sys.stderr, flush=True)
     return found, absent
@@ -260,14 +263,26 @@ def chained(folder, shapes, rounds):
         return {s.text: json.loads(line) for s, line in zip(shapes, lines.read_text().splitlines(), strict=True)}
 
 
+@contextlib.contextmanager
+def mps():
+    """The environment of an MPS server of its own, or the plain one where it is not installed."""
+    if not shutil.which("nvidia-cuda-mps-control"):
+        yield dict(os.environ)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=env, check=True)
+        try:
+            yield env
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", env=env, check=True, stdout=sys.stderr)
+
+
 def served(folder, shapes, rounds):
     """Twilight through a daemon, by shape."""
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, mps() as env:
         target = f"unix://{out}/s"
-        # A lease may take half of what is for shadows: two configs are timed in turn.
-        daemon = subprocess.Popen(
-            [folder / "twilightd", "--listen", target, "--backend", "cuda", "--gpu-leases", "2", "--log-level", "error"]
-        )
+        daemon = subprocess.Popen([folder / "twilightd", "--listen", target, "--backend", "cuda", "--log-level", "error"], env=env)
         try:
             reports = {}
             for shape in shapes:
@@ -275,7 +290,7 @@ def served(folder, shapes, rounds):
                     [folder / "twilight", "bench", "--device", "cuda", "--target", target, "--json", "--rounds", str(rounds),
                      "--kv-heads", str(shape.kv_heads), "--group", str(shape.group), "--batch", str(shape.batch),
                      "--tokens", str(shape.tokens), "--page-size", str(shape.page)],
-                    check=True, stdout=subprocess.PIPE,
+                    check=True, stdout=subprocess.PIPE, env=env,
                 )
                 reports[shape.text] = json.loads(run.stdout)
             return reports
@@ -319,20 +334,25 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="where to write all figures as JSON")
     args = parser.parse_args()
     shapes = [Shape(text) for text in args.shapes.split(",")]
-    start = time.time()
-    found, absent = peers(shapes, args.rounds)
-    torch.cuda.empty_cache()  # the rest needs the memory
     report = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "absent": absent, "rounds": args.rounds, "peers": found,
+        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "rounds": args.rounds,
     }
+    start = time.time()
+
+    def save(**found):
+        report.update(found, seconds=time.time() - start)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1))
+
+    found, absent = peers(shapes, args.rounds)
+    save(peers=found, absent=absent)
+    torch.cuda.empty_cache()  # the rest needs the memory
     if args.bin:
-        report["chained"] = chained(args.bin, shapes, args.rounds)
-        report["served"] = served(args.bin, shapes, max(3, args.rounds // 3))
-    report["seconds"] = time.time() - start
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1))
-    print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}; microseconds a layer")
+        save(chained=chained(args.bin, shapes, args.rounds))
+        save(served=served(args.bin, shapes, max(3, args.rounds // 3)))
+    print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}, service {'under' if report['mps'] else 'without'} MPS; "
+          "microseconds a layer")
     for name, why in absent.items():
         print(f"{name} is left out: {why}")
     print()

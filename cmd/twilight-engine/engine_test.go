@@ -50,13 +50,14 @@ const (
 type daemon struct {
 	t    *testing.T
 	path string // of its socket
+	args []string
 	cmd  *exec.Cmd
 }
 
 // start starts a daemon that serves the GPUs alone.
-func start(t *testing.T) *daemon {
+func start(t *testing.T, args ...string) *daemon {
 	t.Helper()
-	d := &daemon{t: t, path: filepath.Join(t.TempDir(), "s")}
+	d := &daemon{t: t, path: filepath.Join(t.TempDir(), "s"), args: args}
 	d.run()
 	t.Cleanup(func() {
 		_ = d.cmd.Process.Signal(os.Interrupt)
@@ -75,8 +76,9 @@ func (d *daemon) run() {
 		}
 		folder = filepath.Dir(self)
 	}
-	d.cmd = exec.Command(filepath.Join(folder, "twilightd"),
-		"--listen", "unix://"+d.path, "--backend", "cuda", "--log-level", "warn", "--log-format", "text")
+	d.cmd = exec.Command(filepath.Join(folder, "twilightd"), append([]string{
+		"--listen", "unix://" + d.path, "--backend", "cuda", "--log-level", "warn", "--log-format", "text",
+	}, d.args...)...)
 	d.cmd.Stderr = os.Stderr
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
@@ -238,6 +240,7 @@ type small struct {
 	table                 []int32
 	query, output, listed int    // offsets in room
 	sequence              uint64 // of the last decode
+	alive                 bool   // it is known to the daemon
 }
 
 const (
@@ -326,10 +329,8 @@ func (s *small) layer(i int) client.Layer {
 func (s *small) decode() []byte {
 	s.t.Helper()
 	ctx := s.t.Context()
-	batch := client.Batch{Ended: []uint64{s.sequence}}
 	s.sequence++
-	batch.Sequences = []client.Sequence{{ID: s.sequence, Len: smallTokens, Table: s.table}}
-	step, err := s.cache.Step(ctx, batch)
+	step, err := s.cache.Step(ctx, client.Batch{Sequences: []client.Sequence{{ID: s.sequence, Len: smallTokens, Table: s.table}}})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -371,6 +372,7 @@ func TestLentAgain(t *testing.T) {
 			t.Fatalf("%v: %v", kind, err)
 		}
 		cancel()
+		s.alive = false
 		if !bytes.Equal(s.decode(), want) {
 			t.Errorf("%v: the successor's bits differ", kind)
 		}
@@ -394,8 +396,7 @@ func TestOtherMemory(t *testing.T) {
 // TestShadowMemory: a cache takes what capabilities say, and gives it back.
 func TestShadowMemory(t *testing.T) {
 	l := lends(t, gpu.CUDAIPC, 0)
-	defer l.freeAfter(t)
-	conn := start(t).dial()
+	conn := start(t, "--spares", "0").dial() // which would take memory meanwhile
 	free := func() int {
 		t.Helper()
 		n, err := l.Free()

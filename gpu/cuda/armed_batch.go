@@ -13,8 +13,10 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 const (
@@ -47,6 +49,9 @@ func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) (err error) {
 			"%d entries hold fewer than max_length %d tokens in pages of %d", from.TableStride, from.MaxLength, size)
 	case from.NumSlots < 0:
 		return fault.Newf(fault.Invalid, "num_slots", "%d must be 0 or more", from.NumSlots)
+	case c.lease.method.selects != kernels.SelectAll && c.lease.method.selects != kernels.SelectQuest:
+		return fault.Newf(fault.Unsupported, "",
+			"a batch in memory is not served with selector %q: send it in the message", c.lease.method.config.Selector.Type)
 	case from.Slots.Memory == nil:
 		return fault.Newf(fault.Invalid, "slots", "is absent: its rows have no names, so the slots written must be told")
 	}
@@ -60,7 +65,7 @@ func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) (err error) {
 		to      *drv.Ptr
 	}{
 		{from.Lengths, rows, entryBytes, "lengths", &b.lengths},
-		{from.Table, mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
+		{from.Table, spec.Mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
 		{from.Slots, uint64(from.NumSlots), slotBytes, "slots", &b.slots},
 		{from.FirstValid, rows, entryBytes, "first_valid", &b.first},
 	} {
@@ -68,7 +73,7 @@ func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) (err error) {
 			continue
 		}
 		var e extent
-		e, *part.to, err = c.lease.locate(part.at.Memory, part.at.Offset, mul(part.n, uint64(part.element)), part.element, part.name)
+		e, *part.to, err = c.lease.locate(part.at.Memory, part.at.Offset, spec.Mul(part.n, uint64(part.element)), part.element, part.name)
 		if err != nil {
 			return err
 		}
@@ -95,8 +100,12 @@ func (a *armer) lentShape(s *armedStep, key *graphKey) error {
 	t, m, sh := &c.batch, &c.lease.method, &a.shadow
 	key.rows = s.batch.rows
 	longest := kv.SeqRow{Len: s.batch.maxLength}
-	key.add(c.lease, &longest)
-	if m.config.DenseBelow > 0 && key.sparse {
+	s.crossover = 0
+	if m.config.DenseBelow == pipeline.ByCost {
+		s.crossover = c.crossoverOf(slices.Repeat([]int{longest.Len}, key.rows))
+	}
+	key.add(c.lease, &longest, s.crossover)
+	if max(m.config.DenseBelow, s.crossover) > 0 && key.sparse {
 		key.dense = true // as rows may be that short
 	}
 	// Blocks for what a decode step indexes; each takes more if there is more.
@@ -115,13 +124,19 @@ func (a *armer) lentShape(s *armedStep, key *graphKey) error {
 			return err
 		}
 		var ops drv.MemOps
-		ops.Write(a.state.ptr+stateTrained, uint32(slices.Min(c.trained)))
+		trained := math.MaxInt32
+		for i := range c.layers {
+			if c.layers[i].slot != noSlot {
+				trained = min(trained, c.trained[i])
+			}
+		}
+		ops.Write(a.state.ptr+stateTrained, uint32(trained))
 		if err := ops.Run(a.stream); err != nil {
 			return err
 		}
 		sh.known, a.forgetting = true, true
 	}
-	key.chunks = sh.work.ptr
+	key.work = sh.work.ptr
 	return nil
 }
 
@@ -167,11 +182,11 @@ func (l *lentLaunches) read(a *armer, s *armedStep) error {
 		Plan: image + uint64(at.plan), Go: image + uint64(at.goes), Run: image + uint64(at.run),
 		Gate: a.state.ptr + stateGate, News: newsPtr(a), Indexed: results + uint64(r.indexed),
 		Trained: a.state.ptr + stateTrained, BadSlot: results + uint64(r.badSlot), Training: results + uint64(r.training),
-		Rate: math.Max(m.quest.SparsityRate, 0),
+		Rate: math.Max(m.sparsityRate, 0),
 		Rows: int32(from.rows), Stride: int32(from.stride), OwnStride: int32(g.key.tableStride),
 		MaxLength: int32(from.maxLength), NumSlots: int32(from.numSlots),
 		PageSize: int32(c.spec.PageSize), NumPages: int32(c.spec.NumPages), NullPage: c.spec.NullPage, Chunks: int32(c.chunks),
-		Layers: int32(len(s.layers)), DenseBelow: int32(m.config.DenseBelow), TokenBudget: int32(m.quest.TokenBudget),
+		Layers: int32(len(s.layers)), DenseBelow: int32(max(m.config.DenseBelow, s.crossover)), TokenBudget: int32(m.tokenBudget),
 	}
 	for _, flag := range []struct {
 		is bool

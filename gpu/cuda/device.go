@@ -49,10 +49,12 @@ type Device struct {
 	uuid    string
 	name    string
 	sms     int
-	owner   *owner
-	streams streams
-	nodes   int // of graphs; the owner's
-	kernels *kernels.Kernels
+	// bandwidth of the memory, in bytes a second: what reading reaches.
+	bandwidth float64
+	owner     *owner
+	streams   streams
+	nodes     int // of graphs; the owner's
+	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
 	closed      bool
@@ -75,6 +77,9 @@ func New(o Options) (*Device, error) {
 	}
 	if err == nil {
 		d.sms, err = device.Attribute(cu.MultiprocessorCount)
+	}
+	if err == nil {
+		d.bandwidth, err = bandwidth(device)
 	}
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
@@ -101,6 +106,17 @@ func New(o Options) (*Device, error) {
 	return d, nil
 }
 
+// bandwidth is what reading reaches, in bytes a second.
+func bandwidth(device cu.Device) (float64, error) {
+	clock, err := device.Attribute(cu.MemoryClockRate) // kHz
+	if err != nil {
+		return 0, err
+	}
+	width, err := device.Attribute(cu.GlobalMemoryBusWidth) // bits
+	const both, reached = 2, .92                            // edges of the clock; of the peak
+	return both * float64(clock) * 1e3 * float64(width) / 8 * reached, err
+}
+
 // Info implements gpu.Device.
 func (d *Device) Info() gpu.Info {
 	d.mu.Lock()
@@ -119,9 +135,9 @@ func (d *Device) Info() gpu.Info {
 		HeadSizes:        sizes,
 		MaxHeadSize:      kernels.MaxDim,
 		MaxGroup:         kernels.MaxGroup,
-		Selectors:        []string{"none", "quest"},
-		Estimators:       []string{"none", "min_max_quant"},
-		Pruners:          []string{"none", "top_p"},
+		Selectors:        slices.Clone(selectors),
+		Estimators:       slices.Clone(estimators),
+		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
 		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric, gpu.SharedMemory},
@@ -166,11 +182,18 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	return m.bytesPerToken(g), nil
+	layers := 0
+	for layer := range g.Layers {
+		if !m.pipeline.Skips(layer) {
+			layers++
+		}
+	}
+	return m.bytesPerToken(g, layers), nil
 }
 
-func (m *method) bytesPerToken(g *kv.Geometry) float64 {
-	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
+// bytesPerToken is what a token takes of some layers that are not skipped.
+func (m *method) bytesPerToken(g *kv.Geometry, layers int) float64 {
+	return float64(layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
 }
 
 // Open implements gpu.Device.
@@ -213,9 +236,4 @@ func (d *Device) Close() error {
 	errs = append(errs, d.owner.do(context.Background(), d.streams.destroy))
 	d.owner.close()
 	return errors.Join(errs...)
-}
-
-// stuck tells of work that can neither end nor be ended.
-func (d *Device) stuck(what string) {
-	d.owner.lost(fault.Newf(fault.Unavailable, "", "the GPU does not get through %s: this worker cannot go on, open a lease anew", what))
 }

@@ -264,19 +264,49 @@ func TestRunFails(t *testing.T) {
 	}
 }
 
-// Armed steps give what messages give.
+// afar is memory of which the host has a copy, as of a GPU's.
+type afar struct{}
+
+func (afar) Lend(ctx context.Context, s *client.Session, size int, access client.Access) (replay.Buffer, error) {
+	b, err := s.NewBuffer(ctx, size, access)
+	return farBuffer{b, make([]byte, size)}, err
+}
+
+type farBuffer struct {
+	memory *client.Buffer
+	copied []byte
+}
+
+func (b farBuffer) Lent() *client.Buffer { return b.memory }
+func (b farBuffer) Bytes() []byte        { return b.copied }
+
+func (b farBuffer) Push() error {
+	copy(b.memory.Bytes(), b.copied)
+	return nil
+}
+
+func (b farBuffer) Pull() error {
+	copy(b.copied, b.memory.Bytes())
+	return nil
+}
+
+// Armed steps give what messages give, wherever the memory is.
 func TestArmed(t *testing.T) {
 	t.Parallel()
 	c := daemon(t)
-	var reports [2]bytes.Buffer
-	for i, armed := range []bool{false, true} {
-		r := run(t, c, replay.Options{Capture: smolLM2(t), Config: quest, Armed: armed})
-		if err := json.NewEncoder(&reports[i]).Encode(r); err != nil {
+	var first []byte
+	for _, o := range []replay.Options{{}, {Armed: true}, {Memory: afar{}}, {Memory: afar{}, Armed: true}} {
+		o.Capture, o.Config = smolLM2(t), quest
+		report, err := json.Marshal(run(t, c, o))
+		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	if !bytes.Equal(reports[0].Bytes(), reports[1].Bytes()) {
-		t.Errorf("by messages:\n%s\narmed:\n%s", &reports[0], &reports[1])
+		if first == nil {
+			first = report
+		}
+		if !bytes.Equal(report, first) {
+			t.Errorf("armed %t, memory %T:\n%s\nby messages, in shared memory:\n%s", o.Armed, o.Memory, report, first)
+		}
 	}
 }
 

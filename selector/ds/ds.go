@@ -18,7 +18,7 @@ type ds struct {
 var _ selector.Fitter = ds{}
 
 func (d ds) Shadow() kv.Shadow {
-	if d.labels.format.Bits == unquantised {
+	if d.labels.format.Bits == Unquantised {
 		return nil
 	}
 	return d.labels
@@ -53,7 +53,7 @@ func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 	if budget >= n || list == nil {
 		return selector.All(dst, row)
 	}
-	if d.labels.format.Bits == unquantised {
+	if d.labels.format.Bits == Unquantised {
 		return d.selectExact(dst, row, list, budget)
 	}
 	head := row.Records.Head()

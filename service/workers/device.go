@@ -49,6 +49,8 @@ type device struct {
 	waiting  []waiter
 	borrowed int // spares that are asked something
 	leases   int
+	// wake has an item when more workers may be needed.
+	wake chan struct{}
 	// empty is closed when, draining, the last worker is reaped.
 	empty chan struct{}
 }
@@ -76,7 +78,26 @@ func newDevice(s *Supervisor, g GPU) *device {
 			Device: g.UUID, ShadowBytes: total / uint64(o.Leases), AllowedUIDs: o.AllowedUIDs, DrainGrace: o.DrainGrace,
 			LogLevel: o.LogLevel,
 		},
-		workers: make(map[*process]struct{}), empty: make(chan struct{}),
+		workers: make(map[*process]struct{}), wake: make(chan struct{}, 1), empty: make(chan struct{}),
+	}
+}
+
+// keep starts workers when they are needed, until the device is drained.
+func (d *device) keep(ctx context.Context) {
+	for {
+		select {
+		case <-d.wake:
+			d.refill(ctx)
+		case <-d.empty:
+			return
+		}
+	}
+}
+
+func (d *device) wakeUp() {
+	select {
+	case d.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -187,7 +208,7 @@ func (d *device) release() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.leases--
-	d.refillLocked()
+	d.wakeUp()
 }
 
 // acquire takes a spare, or waits for one to start. What is borrowed is not replaced: it will be given back.
@@ -198,7 +219,7 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 		if borrow {
 			d.borrowed++
 		}
-		d.refillLocked()
+		d.wakeUp()
 		d.mu.Unlock()
 		return w, true, nil
 	}
@@ -208,7 +229,7 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 	}
 	answer := make(chan started, 1)
 	d.waiting = append(d.waiting, waiter{answer, borrow})
-	d.refillLocked()
+	d.wakeUp()
 	d.mu.Unlock()
 	select {
 	case s := <-answer:
@@ -274,8 +295,10 @@ func (d *device) wantedLocked() int {
 	return min(d.supervisor.options.Spares, d.supervisor.options.Leases-d.leases)
 }
 
-// refillLocked starts as many workers as are waited for and wanted as spares.
-func (d *device) refillLocked() {
+// refill starts as many workers as are waited for and wanted as spares.
+func (d *device) refill(ctx context.Context) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if d.refusalLocked() != nil {
 		return
 	}
@@ -289,13 +312,13 @@ func (d *device) refillLocked() {
 	}
 	for len(d.spares)+d.borrowed+d.starting < takers+max(borrowers, d.wantedLocked()) {
 		d.starting++
-		go d.bring()
+		go d.bring(ctx)
 	}
 }
 
 // bring starts a worker.
-func (d *device) bring() {
-	w, told, err := d.launch()
+func (d *device) bring(ctx context.Context) {
+	w, told, err := d.launch(ctx)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.starting--
@@ -318,21 +341,21 @@ func (d *device) bring() {
 }
 
 // launch starts a worker, and returns it once it can serve.
-func (d *device) launch() (*process, *twilightv1.Device, error) {
-	w, err := startProcess(d)
+func (d *device) launch(ctx context.Context) (*process, *twilightv1.Device, error) {
+	w, err := startProcess(ctx, d)
 	if err != nil {
 		return nil, nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), d.supervisor.options.StartTimeout)
+	starting, cancel := context.WithTimeout(ctx, d.supervisor.options.StartTimeout)
 	defer cancel()
-	told, err := w.describe(ctx, nil)
+	told, err := w.describe(starting, nil)
 	if err == nil {
 		w.move(telemetry.WorkerSpare)
-		go w.watch()
+		go w.watch(ctx)
 		return w, told, nil
 	}
 	switch {
-	case ctx.Err() != nil:
+	case starting.Err() != nil:
 		w.kill(endStartTimeout)
 		err = fmt.Errorf("it was not ready within %v", d.supervisor.options.StartTimeout)
 	case len(status.Convert(err).Details()) > 0: // the worker's own word
@@ -353,9 +376,5 @@ func (d *device) failedLocked() {
 	if d.retry != nil {
 		d.retry.Stop()
 	}
-	d.retry = time.AfterFunc(pause, func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.refillLocked()
-	})
+	d.retry = time.AfterFunc(pause, d.wakeUp)
 }

@@ -172,7 +172,7 @@ func (d *daemon) scrape(t testing.TB) map[string]float64 {
 // becomes waits until a series has a value.
 func (d *daemon) becomes(t testing.TB, series string, want float64) {
 	t.Helper()
-	for end := time.Now().Add(deadline); d.scrape(t)[series] != want; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(deadline); d.scrape(t)[series] != want; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%s is %v, not %v", series, d.scrape(t)[series], want)
 		}
@@ -204,7 +204,7 @@ func serve(t testing.TB, dir string, o workers.Options) *daemon {
 func daemonProcess(dir string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	d, err := startDaemon(ctx, dir, workers.Options{Spares: 1})
+	d, err := startDaemon(ctx, dir, workers.Options{Spares: 1, DrainGrace: 100 * time.Millisecond})
 	if err == nil {
 		<-ctx.Done()
 		err = d.stop(context.Background())

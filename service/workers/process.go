@@ -54,10 +54,7 @@ type process struct {
 	source  *telemetry.Source
 	lease   atomic.Uint64
 
-	// life ends, and exited is closed, when the process is reaped.
-	life    context.Context
-	die     context.CancelFunc
-	exited  chan struct{}
+	exited  chan struct{} // closed when the process is reaped
 	hanging sync.Once
 
 	mu     sync.Mutex
@@ -70,7 +67,7 @@ type process struct {
 }
 
 // startProcess starts a worker of a device.
-func startProcess(d *device) (*process, error) {
+func startProcess(ctx context.Context, d *device) (*process, error) {
 	conn, control, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -111,8 +108,7 @@ func startProcess(d *device) (*process, error) {
 	d.workers[w] = struct{}{}
 	w.source = d.supervisor.options.Telemetry.Gather(w.ask)
 	w.move(telemetry.WorkerStarting)
-	w.life, w.die = context.WithCancel(context.Background())
-	go w.reap(output)
+	go w.reap(ctx, output)
 	return w, nil
 }
 
@@ -170,8 +166,8 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.mu.Unlock()
 	w.lease.Store(o.ID)
 	request := proto.CloneOf(o.Request)
-	request.Device = ""                             // a worker has one
-	streaming, cancel := context.WithCancel(w.life) // outlives the call
+	request.Device = ""                                                 // a worker has one
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // outlives the call
 	stop := context.AfterFunc(ctx, cancel)
 	stream, err := w.control.Open(streaming, &workerv1.OpenRequest{
 		Request: request, LeaseId: o.ID, Uid: o.UID, Socket: socket, Traceparent: o.TraceParent,
@@ -241,11 +237,11 @@ func (w *process) kill(reason string) {
 }
 
 // watch asks for reports, and kills a worker that gives none.
-func (w *process) watch() {
+func (w *process) watch(life context.Context) {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
 	for {
-		ctx, cancel := context.WithTimeout(w.life, w.device.supervisor.options.HealthTimeout)
+		ctx, cancel := context.WithTimeout(life, w.device.supervisor.options.HealthTimeout)
 		err := w.source.Refresh(ctx)
 		cancel()
 		if w.is(telemetry.WorkerEnding) {
@@ -258,24 +254,23 @@ func (w *process) watch() {
 		}
 		select {
 		case <-tick.C:
-		case <-w.life.Done():
+		case <-w.exited:
 			return
 		}
 	}
 }
 
 // reap waits for the process to end, passing on what it logs.
-func (w *process) reap(output *os.File) {
+func (w *process) reap(ctx context.Context, output *os.File) {
 	logged := make(chan struct{})
 	go func() {
 		defer close(logged)
-		w.passOn(output)
+		w.passOn(ctx, output)
 	}()
 	_ = w.cmd.Wait() // its state tells more
 	_ = output.SetReadDeadline(time.Now().Add(time.Second))
 	<-logged
 	output.Close()
-	w.die()
 	w.conn.Close()
 	w.mu.Lock()
 	if w.reason == "" {
@@ -292,7 +287,7 @@ func (w *process) reap(output *os.File) {
 	w.source.End(w.report)
 	w.mu.Unlock()
 	w.device.supervisor.options.Telemetry.EndedWorker(w.reason)
-	w.device.reaped(w)
+	w.device.reaped(ctx, w)
 	if over != nil {
 		over()
 	}
@@ -326,7 +321,7 @@ func (w *process) ending() string {
 }
 
 // reaped takes note of a worker that is gone.
-func (d *device) reaped(w *process) {
+func (d *device) reaped(ctx context.Context, w *process) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.workers, w)
@@ -346,9 +341,9 @@ func (d *device) reaped(w *process) {
 			d.failedLocked()
 		}
 	}
-	d.logger.Log(w.life, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason, //nolint:sloglint // life is over, and carries no trace
+	d.logger.Log(ctx, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason,
 		"status", w.cmd.ProcessState.String(), "lived", time.Since(w.born).String())
-	d.refillLocked()
+	d.wakeUp()
 	d.reapedLocked()
 }
 
@@ -364,34 +359,43 @@ func (d *device) reapedLocked() {
 
 // Drain implements service.Remote.
 func (d *device) Drain(ctx context.Context) {
+	d.stop()
 	d.mu.Lock()
-	if !d.draining {
-		d.draining = true
-		if d.retry != nil {
-			d.retry.Stop()
-		}
-		for _, w := range d.waiting {
-			w.answer <- started{err: d.refusalLocked()}
-		}
-		d.waiting = nil
-		for w := range d.workers {
-			switch {
-			case w.is(telemetry.WorkerLeased):
-				go func() { _, _ = w.control.Drain(w.life, &workerv1.DrainRequest{}) }()
-			case w.is(telemetry.WorkerStarting): // does not listen yet
-				go w.kill(endEnded)
-			default:
-				w.hangUp()
-			}
+	for w := range d.workers {
+		switch {
+		case w.is(telemetry.WorkerLeased):
+			go func() { _, _ = w.control.Drain(ctx, &workerv1.DrainRequest{}) }()
+		case w.is(telemetry.WorkerStarting): // does not listen yet
+			go w.kill(endEnded)
+		default:
+			w.hangUp()
 		}
 	}
-	d.reapedLocked()
 	d.mu.Unlock()
 	select {
 	case <-d.empty:
-		return
 	case <-ctx.Done():
+		d.kill()
 	}
+}
+
+// stop lets no more workers be started. It may be called twice.
+func (d *device) stop() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.draining = true
+	if d.retry != nil {
+		d.retry.Stop()
+	}
+	for _, w := range d.waiting {
+		w.answer <- started{err: d.refusalLocked()}
+	}
+	d.waiting = nil
+	d.reapedLocked()
+}
+
+// kill kills every worker, and returns once they are gone.
+func (d *device) kill() {
 	d.mu.Lock()
 	for w := range d.workers {
 		go w.kill(endOverdue)

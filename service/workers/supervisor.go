@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -64,6 +65,7 @@ func (o Options) withDefaults() Options {
 type Supervisor struct {
 	options Options
 	gpus    []*device
+	keeping sync.WaitGroup
 	starts  chan func()
 }
 
@@ -76,7 +78,9 @@ func New(ctx context.Context, o Options) (*Supervisor, error) {
 		return nil, err
 	}
 	for _, g := range gpus {
-		s.gpus = append(s.gpus, newDevice(s, g))
+		d := newDevice(s, g)
+		s.gpus = append(s.gpus, d)
+		s.keeping.Go(func() { d.keep(context.WithoutCancel(ctx)) })
 	}
 	go s.startAll()
 	return s, nil
@@ -93,11 +97,11 @@ func (s *Supervisor) Devices() []service.Remote {
 
 // Close kills what is left of the workers.
 func (s *Supervisor) Close() {
-	done, cancel := context.WithCancel(context.Background())
-	cancel()
 	for _, d := range s.gpus {
-		d.Drain(done)
+		d.stop()
+		d.kill()
 	}
+	s.keeping.Wait()
 	close(s.starts)
 }
 
@@ -105,7 +109,7 @@ func (s *Supervisor) Close() {
 func (s *Supervisor) list(ctx context.Context) ([]GPU, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.options.StartTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.options.Path, "list")
+	cmd := exec.CommandContext(ctx, s.options.Path, "list") //nolint:gosec // the operator names the program
 	cmd.Env = environment()
 	cmd.WaitDelay = time.Second
 	var stderr bytes.Buffer
@@ -137,7 +141,7 @@ func (s *Supervisor) start(settings *Settings, control, output *os.File) (*exec.
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(s.options.Path, args...)
+	cmd := exec.Command(s.options.Path, args...) //nolint:gosec // the operator names the program
 	cmd.Env = append(environment(), "CUDA_DEVICE_MAX_CONNECTIONS=32")
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.ExtraFiles = []*os.File{control}

