@@ -282,6 +282,7 @@ func (m *armedLayerMessage) set(r *gpu.LayerResult) {
 	to := &m.result
 	to.Candidates, to.Kept, to.Paths, to.Reasons = r.Candidates, r.Kept, m.paths, m.reasons
 	to.Truncated, to.EstimatedMass, to.EstimatedCoverage = r.Truncated, r.Mass, r.Coverage
+	to.Audited, to.TrueMass, to.OutputError = r.Audited, r.TrueMass, r.OutputError
 	setIndexStats(&m.index, &r.Index)
 	setTiming(&m.timing, &r.Timing)
 	to.CacheBytesRead, to.ShadowBytesRead = r.Read.Cache, r.Read.Shadow

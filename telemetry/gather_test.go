@@ -148,6 +148,28 @@ func TestSilentSource(t *testing.T) {
 	nobody.End(nil)
 }
 
+// A report that comes late does not take back what a later one counted.
+func TestLateReport(t *testing.T) {
+	t.Parallel()
+	told, other := reporting(t), reporting(t)
+	early, err := other.Report(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leased(other, 1).Close()
+	next := other.Report
+	source := told.Gather(func(ctx context.Context, sequence uint64) ([]byte, error) { return next(ctx, sequence) })
+	before := counted(t, told)
+	next = func(context.Context, uint64) ([]byte, error) { return early, nil }
+	if diff := cmp.Diff(before, counted(t, told)); diff != "" {
+		t.Errorf("after the late report: %s", diff)
+	}
+	source.End(early)
+	if diff := cmp.Diff(before, counted(t, told)); diff != "" {
+		t.Errorf("after the end: %s", diff)
+	}
+}
+
 // Exemplars of other processes lead to their traces; each bucket keeps its last one.
 func TestGatheredExemplars(t *testing.T) {
 	t.Parallel()

@@ -21,11 +21,12 @@ import (
 )
 
 const (
-	// minPause and maxPause bound the time, doubled each time, between starts that fail.
-	minPause = 250 * time.Millisecond
-	maxPause = 30 * time.Second
-	// sound is how long a worker must live for its death not to count as a failed start.
-	sound = 10 * time.Second
+	// Starts that fail in a row are minPause apart, twice as long each time, up to startPause; those after
+	// deaths of workers that could serve, but lived for less than sound, up to deathPause.
+	minPause   = 250 * time.Millisecond
+	startPause = 30 * time.Second
+	deathPause = time.Second
+	sound      = 10 * time.Second
 )
 
 // device is a GPU and its workers.
@@ -184,9 +185,13 @@ func (d *device) open(ctx context.Context, o *service.Opening) (*twilightv1.Open
 		opened.GetDevice().Mps = &d.gpu.MPS
 		return opened, nil
 	}
-	switch status.Code(err) {
+	refusal := status.Convert(err)
+	switch refusal.Code() {
 	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unknown:
 		w.discard() // there may be a lease
+		if ctx.Err() == nil && len(refusal.Details()) == 0 {
+			err = fault.Newf(fault.Unavailable, "", "the worker ended as it opened the lease (%v): open it anew", w.cmd.ProcessState)
+		}
 	default: // the request was refused
 		d.giveBack(w, false)
 	}
@@ -249,14 +254,14 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 	return nil, false, ctx.Err()
 }
 
-// refusalLocked is why no worker can be started now.
+// refusalLocked is why there is no use in waiting for a worker.
 func (d *device) refusalLocked() error {
 	switch pause := time.Until(d.retryAt); {
 	case d.draining:
 		return fault.Newf(fault.Unavailable, "", "the daemon is shutting down: open a lease with its successor")
-	case pause > 0:
-		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v", d.gpu.UUID,
-			cmp.Or(d.unusable, "its workers keep dying"), pause.Round(100*time.Millisecond))
+	case pause > 0 && d.unusable != "":
+		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v",
+			d.gpu.UUID, d.unusable, pause.Round(100*time.Millisecond))
 	}
 	return nil
 }
@@ -299,7 +304,7 @@ func (d *device) wantedLocked() int {
 func (d *device) refill(ctx context.Context) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.refusalLocked() != nil {
+	if d.draining || time.Now().Before(d.retryAt) {
 		return
 	}
 	takers, borrowers := 0, 0
@@ -330,7 +335,7 @@ func (d *device) bring(ctx context.Context) {
 	} else if !d.draining {
 		d.unusable = err.Error()
 		d.logger.Error("worker did not start", "error", err)
-		d.failedLocked()
+		d.failedLocked(startPause)
 		for _, w := range d.waiting {
 			w.answer <- started{err: fault.Newf(fault.Unavailable, "device", "%s cannot be used: %s", d.gpu.UUID, d.unusable)}
 		}
@@ -369,8 +374,8 @@ func (d *device) launch(ctx context.Context) (*process, *twilightv1.Device, erro
 }
 
 // failedLocked puts off the next start.
-func (d *device) failedLocked() {
-	pause := min(minPause<<min(d.failures, 10), maxPause)
+func (d *device) failedLocked(longest time.Duration) {
+	pause := min(minPause<<min(d.failures, 10), longest)
 	d.failures++
 	d.retryAt = time.Now().Add(pause)
 	if d.retry != nil {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 
@@ -61,7 +62,7 @@ type process struct {
 	state  telemetry.WorkerState
 	reason string // why it was killed, or how it ended
 	socket string // of its lease
-	over   func() // to be told when the lease's process is reaped
+	over   func() // to be told, once, when the lease is over or the process gone
 	report []byte // the last
 	said   string // the last line that is no log record
 }
@@ -82,6 +83,8 @@ func startProcess(ctx context.Context, d *device) (*process, error) {
 	dialled := false
 	w.conn, err = grpc.NewClient("passthrough:///worker",
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0), grpc.WithNoProxy(),
+		// The driver takes its time before the worker answers.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: d.supervisor.options.StartTimeout}),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if dialled { // gRPC dials one at a time
 				return nil, errGone
@@ -158,7 +161,7 @@ func (w *process) describe(ctx context.Context, query *twilightv1.ShadowQuery) (
 	return told.GetDevice(), err
 }
 
-// open opens the worker's lease. over is called, if the lease was opened, when the process is gone.
+// open opens the worker's lease. over is called, once, if the lease was opened, when it is over.
 func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*twilightv1.OpenLeaseResponse, error) {
 	socket := filepath.Join(filepath.Dir(o.Socket), fmt.Sprintf("%s.%d", filepath.Base(o.Socket), w.pid()))
 	w.mu.Lock()
@@ -166,8 +169,9 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.mu.Unlock()
 	w.lease.Store(o.ID)
 	request := proto.CloneOf(o.Request)
-	request.Device = ""                                                 // a worker has one
-	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx)) // outlives the call
+	request.Device = "" // a worker has one
+	// The stream outlives the call.
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
 	stream, err := w.control.Open(streaming, &workerv1.OpenRequest{
 		Request: request, LeaseId: o.ID, Uid: o.UID, Socket: socket, Traceparent: o.TraceParent,
@@ -184,6 +188,7 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 		w.lease.Store(0)
 		return nil, err
 	}
+	over = sync.OnceFunc(over)
 	w.mu.Lock()
 	w.over = over
 	gone := w.gone()
@@ -195,10 +200,13 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.move(telemetry.WorkerLeased)
 	go func() {
 		defer cancel()
-		last, _ := stream.Recv() // returns when the lease is over, or the process
+		last, err := stream.Recv() // returns when the lease is over, or the process
 		w.mu.Lock()
 		w.report = last.GetEnded().GetReport()
 		w.mu.Unlock()
+		if err == nil {
+			over()
+		}
 		w.hangUp()
 	}()
 	return first.GetOpened(), nil
@@ -338,7 +346,7 @@ func (d *device) reaped(ctx context.Context, w *process) {
 	case !w.ready.IsZero(): // those that never were are bring's
 		level = slog.LevelWarn
 		if time.Since(w.ready) < sound {
-			d.failedLocked()
+			d.failedLocked(deathPause)
 		}
 	}
 	d.logger.Log(ctx, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason,

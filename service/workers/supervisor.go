@@ -21,6 +21,9 @@ import (
 	"github.com/twilight-sidecar/twilight/telemetry"
 )
 
+// listTimeout bounds what the worker's program may take to list the GPUs.
+const listTimeout = 30 * time.Second
+
 // Options configure a Supervisor. Path is required; other zero fields take the defaults that their comments
 // name.
 type Options struct {
@@ -107,7 +110,7 @@ func (s *Supervisor) Close() {
 
 // list asks for the GPUs in a process of its own, as the driver may end it.
 func (s *Supervisor) list(ctx context.Context) ([]GPU, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.options.StartTimeout)
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, s.options.Path, "list") //nolint:gosec // the operator names the program
 	cmd.Env = environment()
