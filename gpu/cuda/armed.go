@@ -21,7 +21,6 @@ import (
 	"github.com/twilight-sidecar/twilight/internal/armed"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
-	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 // armer runs the armed steps of a cache. All that a step does is given to a stream when it is armed: it
@@ -60,6 +59,7 @@ type armer struct {
 	scratch    buffer
 	shadow     lentShadow
 	works      []kv.ChunkWork
+	giving     drv.MemOps
 	forgetting bool // the tracker knows nothing of what was indexed last
 	ended      chan struct{}
 
@@ -106,7 +106,7 @@ type armedStep struct {
 	rows     []kv.SeqRow
 	work     []layerWork
 	training training
-	// Valid tokens from which rows are sparse, where costs decide; 0 for a batch that is read on the device.
+	// crossover is the number of valid tokens from which rows are to be sparse, where costs decide.
 	crossover int
 	graph     *stepGraph
 	image     staging
@@ -279,8 +279,7 @@ func (a *armer) declare(s *armedStep, step *kv.Step) error {
 	if err := c.declare(step); err != nil {
 		return err
 	}
-	s.crossover = c.batch.crossover
-	s.rows = s.rows[:0]
+	s.rows, s.crossover = s.rows[:0], c.batch.crossover
 	for _, row := range c.tracker.Rows() {
 		s.rows = append(s.rows, kv.SeqRow{Sequence: row.Sequence, First: row.First, Len: row.Len})
 	}
@@ -558,8 +557,7 @@ func (a *armer) release() error {
 	a.ready = false
 	errs := []error{a.flush()}
 	for _, g := range a.graphs {
-		a.cache.lease.device.nodes -= g.exec.Nodes
-		errs = append(errs, g.exec.Destroy())
+		errs = append(errs, g.destroy(a.cache.lease.device))
 	}
 	for i := range a.slots {
 		errs = append(errs, a.slots[i].image.free(), a.slots[i].back.free())
@@ -572,11 +570,6 @@ func (a *armer) release() error {
 	a.cache.lease.device.streams.give(a.stream, a.help)
 	a.signal.Close()
 	return errors.Join(errs...)
-}
-
-// pathOf says how a layer runs a row, and why.
-func (c *cache) pathOf(layer int, row *kv.SeqRow, crossover int) (pipeline.Path, pipeline.Reason) {
-	return c.lease.method.path(c.layers[layer].model, row, crossover)
 }
 
 // sized returns n elements, in s if there is room.

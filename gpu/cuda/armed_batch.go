@@ -4,6 +4,7 @@ package cuda
 
 import (
 	"errors"
+	"slices"
 	"unsafe"
 
 	"gorgonia.org/cu"
@@ -14,6 +15,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 const (
@@ -46,6 +48,9 @@ func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) (err error) {
 			"%d entries hold fewer than max_length %d tokens in pages of %d", from.TableStride, from.MaxLength, size)
 	case from.NumSlots < 0:
 		return fault.Newf(fault.Invalid, "num_slots", "%d must be 0 or more", from.NumSlots)
+	case c.lease.method.selects != kernels.SelectAll && c.lease.method.selects != kernels.SelectQuest:
+		return fault.Newf(fault.Unsupported, "",
+			"a batch in memory is not served with selector %q: send it in the message", c.lease.method.config.Selector.Type)
 	case from.Slots.Memory == nil:
 		return fault.Newf(fault.Invalid, "slots", "is absent: its rows have no names, so the slots written must be told")
 	}
@@ -94,8 +99,12 @@ func (a *armer) lentShape(s *armedStep, key *graphKey) error {
 	t, m, sh := &c.batch, &c.lease.method, &a.shadow
 	key.rows = s.batch.rows
 	longest := kv.SeqRow{Len: s.batch.maxLength}
-	key.add(c.lease, &longest, 0)
-	if m.config.DenseBelow > 0 && key.sparse {
+	s.crossover = 0
+	if m.config.DenseBelow == pipeline.ByCost {
+		s.crossover = c.crossoverOf(slices.Repeat([]int{longest.Len}, key.rows))
+	}
+	key.add(c.lease, &longest, s.crossover)
+	if max(m.config.DenseBelow, s.crossover) > 0 && key.sparse {
 		key.dense = true // as rows may be that short
 	}
 	// Blocks for what a decode step indexes; each takes more if there is more.
@@ -120,7 +129,7 @@ func (a *armer) lentShape(s *armedStep, key *graphKey) error {
 		}
 		sh.known, a.forgetting = true, true
 	}
-	key.chunks = sh.work.ptr
+	key.work = sh.work.ptr
 	return nil
 }
 
@@ -170,7 +179,7 @@ func (l *lentLaunches) read(a *armer, s *armedStep) error {
 		Rows: int32(from.rows), Stride: int32(from.stride), OwnStride: int32(g.key.tableStride),
 		MaxLength: int32(from.maxLength), NumSlots: int32(from.numSlots),
 		PageSize: int32(c.spec.PageSize), NumPages: int32(c.spec.NumPages), NullPage: c.spec.NullPage, Chunks: int32(c.chunks),
-		Layers: int32(len(s.layers)), DenseBelow: int32(m.config.DenseBelow), TokenBudget: int32(m.tokenBudget),
+		Layers: int32(len(s.layers)), DenseBelow: int32(max(m.config.DenseBelow, s.crossover)), TokenBudget: int32(m.tokenBudget),
 	}
 	for _, flag := range []struct {
 		is bool

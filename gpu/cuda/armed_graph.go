@@ -11,6 +11,8 @@ import (
 	"slices"
 	"unsafe"
 
+	"gorgonia.org/cu"
+
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
@@ -21,6 +23,7 @@ import (
 // stepGraph is the layers of a step, for every batch of its key.
 type stepGraph struct {
 	key     graphKey
+	made    bool // exec is there; otherwise layers are launched one by one
 	exec    drv.Graph
 	calls   []layerCall // by layer of the step
 	lists   []gpu.ListBuffer
@@ -28,9 +31,10 @@ type stepGraph struct {
 	image   imageLayout
 	results resultsLayout
 	// finished is what Finished holds once a layer's kernels are over, by layer of the step.
-	finished []uint32
-	users    int // armed steps
-	used     uint32
+	finished   []uint32
+	operations int // that a stream is given, if one by one
+	users      int // armed steps
+	used       uint32
 }
 
 // graphKey is all that a graph's launches and the addresses in them follow from.
@@ -39,8 +43,8 @@ type graphKey struct {
 	sparse, dense, long, lent                       bool // any row; as long as the fused kernel takes
 	layout                                          int  // of words and tensors
 	status                                          drv.Ptr
-	image, results, scratch, table, vtable, chunks  drv.Ptr
-	carry                                           drv.Ptr
+	image, results, scratch, table, vtable          drv.Ptr
+	work, carry                                     drv.Ptr
 }
 
 // imageLayout says where in the memory that the host fills for each step a batch has what.
@@ -57,7 +61,7 @@ func (c *cache) imageLayout(rows, layers, chunkStride int) (at imageLayout) {
 	at = imageLayout{
 		lengths: image.take(4 * rows), first: image.take(4 * rows), bad: image.take(4 * rows),
 		sparse: image.take(4 * rows), dense: image.take(4 * rows), p: image.take(8 * rows), budgets: image.take(4 * rows),
-		goes: image.take(4 * layers), run: image.take(4 * layers), plan: image.take(4 * kernels.PlanWords * layers),
+		goes: image.take(4 * layers), run: image.take(4 * layers), plan: image.take(4 * kernels.PlanWords * (layers + 1)),
 	}
 	if c.spec.PageSize%kv.ChunkTokens != 0 {
 		at.chunkIDs = image.take(4 * rows * chunkStride)
@@ -100,7 +104,6 @@ func (a *armer) give(s *armedStep) error {
 		return err
 	}
 	key.carry = t.carry.ptr
-	key.keepMost = bucket(key.keepMost)
 	key.long = t.longest >= l.device.options.FusedFrom
 	key.chunkStride, key.tableStride = t.chunkStride, t.stride
 	key.table = t.tables.ptr
@@ -139,7 +142,7 @@ func (k *graphKey) add(l *lease, row *kv.SeqRow, crossover int) {
 	case pipeline.Sparse:
 		k.sparse = true
 		_, chunks := l.method.budget(row, 0)
-		k.keepMost = max(k.keepMost, chunks)
+		k.keepMost = max(k.keepMost, bucket(chunks))
 	case pipeline.Dense:
 		k.dense = true
 	case pipeline.Void:
@@ -256,7 +259,7 @@ func (a *armer) graph(s *armedStep, key graphKey) (*stepGraph, error) {
 	nodes := 0
 	for _, g := range a.graphs {
 		if g.key == key {
-			return g, nil
+			return g, a.make(g, s)
 		}
 		nodes = max(nodes, g.exec.Nodes)
 	}
@@ -267,17 +270,28 @@ func (a *armer) graph(s *armedStep, key graphKey) (*stepGraph, error) {
 	if err := a.build(g, s); err != nil {
 		return nil, err
 	}
-	a.cache.lease.device.nodes += g.exec.Nodes
 	a.graphs = append(a.graphs, g)
-	return g, nil
+	return g, a.make(g, s)
 }
+
+// destroy gives a graph back.
+func (g *stepGraph) destroy(d *Device) error {
+	if !g.made {
+		return nil
+	}
+	d.nodes -= g.exec.Nodes
+	return g.exec.Destroy()
+}
+
+// maxGraphs is how many sizes of batches are kept.
+const maxGraphs = 64
 
 // makeRoom sees that another graph of so many nodes finds room, by giving up those used longest ago.
 func (a *armer) makeRoom(nodes int) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	d := a.cache.lease.device
-	for d.nodes+nodes > graphNodes {
+	for d.nodes+nodes > graphNodes || len(a.graphs) >= maxGraphs {
 		oldest := -1
 		for i, g := range a.graphs {
 			if g.users == 0 && (oldest < 0 || g.used < a.graphs[oldest].used) {
@@ -287,8 +301,7 @@ func (a *armer) makeRoom(nodes int) error {
 		if oldest < 0 {
 			break
 		}
-		d.nodes -= a.graphs[oldest].exec.Nodes
-		if err := a.graphs[oldest].exec.Destroy(); err != nil {
+		if err := a.graphs[oldest].destroy(d); err != nil {
 			return err
 		}
 		a.graphs = slices.Delete(a.graphs, oldest, oldest+1)
@@ -296,14 +309,9 @@ func (a *armer) makeRoom(nodes int) error {
 	return nil
 }
 
-// build makes a graph.
+// build prepares the layers of a graph.
 func (a *armer) build(g *stepGraph, s *armedStep) error {
-	c := a.cache
-	l, key := c.lease, &g.key
-	checked := c.batch.checked
-	c.batch.checked = true // begin and check have come before
-	defer func() { c.batch.checked = checked }()
-
+	c, key := a.cache, &g.key
 	layers := len(s.layers)
 	g.calls, g.lists, g.request = make([]layerCall, layers), make([]gpu.ListBuffer, layers), make([]gpu.LayerRequest, layers)
 	for j := range layers {
@@ -334,50 +342,100 @@ func (a *armer) build(g *stepGraph, s *armedStep) error {
 		each = 4 * key.works
 	}
 	r.drift = results.take(layers * each)
+	tickets := results.take(layers * 4 * int(c.call.desc.Rows))
 	r.size = results.used
 	if err := errors.Join(a.results.reserve(r.size), a.scratch.reserve(scratch)); err != nil {
 		return err
 	}
 	key.results, key.scratch = a.results.ptr, a.scratch.ptr
 
-	var ops drv.MemOps
-	finish := func(j int) {
+	return a.bindLayers(g, s, tickets, each)
+}
+
+// bindLayers completes the calls of a graph.
+func (a *armer) bindLayers(g *stepGraph, s *armedStep, tickets, each int) error {
+	c, key, r := a.cache, &g.key, &g.results
+	for j := range g.calls {
+		if err := a.describe(g, s, j); err != nil {
+			return err
+		}
+		c.layout()
+		call := &c.call
+		call.bind(key.results+uint64(r.layers[j]), key.scratch)
+		call.desc.DriftFlags, call.desc.Tickets = 0, key.results+uint64(tickets+j*4*int(call.desc.Rows))
+		if each > 0 {
+			call.desc.DriftFlags = key.results + uint64(r.drift+j*each)
+		}
+		g.calls[j] = *call
+		g.calls[j].scratch = nil
+		g.operations += call.operations()
+	}
+	return nil
+}
+
+// operations is how many a stream is given for a layer, about.
+func (a *layerCall) operations() int {
+	switch {
+	case !a.fused:
+		return 12
+	case a.dense || a.desc.OutLists != 0:
+		return 6
+	}
+	return 3
+}
+
+// mostAtOnce is how many operations a step launches one by one, at most: behind a wait, a stream takes a
+// thousand or so before the driver blocks.
+const mostAtOnce = 400
+
+// make makes a graph of the layers, once nothing waits in the process: the driver might block until the wait
+// ends. Until then they are launched one by one, if they are not too many.
+func (a *armer) make(g *stepGraph, s *armedStep) (err error) {
+	if g.made || limbo.waiting() && g.operations <= mostAtOnce {
+		return nil
+	}
+	stream := a.cache.lease.stream
+	g.exec, err = drv.Capture(stream, func() error { return a.enqueue(g, s, stream) })
+	if err == nil {
+		g.made = true
+		a.cache.lease.device.nodes += g.exec.Nodes
+	}
+	return err
+}
+
+// enqueue gives a stream the layers, one by one.
+func (a *armer) enqueue(g *stepGraph, s *armedStep, stream cu.Stream) error {
+	c := a.cache
+	l := c.lease
+	checked := c.batch.checked
+	c.batch.checked = true // begin and check have come before
+	l.launchOn(stream)
+	defer func() {
+		c.batch.checked = checked
+		l.launchOn(l.stream)
+	}()
+	ops := &a.giving
+	ops.Reset()
+	finished := uint32(0)
+	g.finished = g.finished[:0]
+	for j := range g.calls {
+		ops.Wait(s.layers[j].ready, 1)
+		if err := ops.Run(stream); err != nil {
+			return err
+		}
+		c.call = g.calls[j]
+		*(*kernels.Layer)(l.block.Pointer()) = c.call.desc
+		if err := c.launch(s.layers[j].layer); err != nil {
+			return err
+		}
+		finished += uint32(c.call.last)
+		g.finished = append(g.finished, finished)
 		ops.Reset()
-		ops.WaitAtLeast(key.image+uint64(g.image.goes+4*j), kernels.Go)
+		ops.WaitAtLeast(g.key.image+uint64(g.image.goes+4*j), kernels.Go)
 		ops.Write(s.layers[j].done, 1)
 		ops.Write(a.state.ptr+stateReached, uint32(j+1))
 	}
-	finished := 0
-	exec, err := drv.Capture(l.stream, func() error {
-		for j := range layers {
-			ops.Wait(s.layers[j].ready, 1)
-			if err := ops.Run(l.stream); err != nil {
-				return err
-			}
-			if err := a.describe(g, s, j); err != nil {
-				return err
-			}
-			c.layout()
-			call := &c.call
-			call.bind(key.results+uint64(r.layers[j]), key.scratch)
-			call.desc.DriftFlags = 0
-			if each > 0 {
-				call.desc.DriftFlags = key.results + uint64(r.drift+j*each)
-			}
-			*(*kernels.Layer)(l.block.Pointer()) = call.desc
-			if err := c.launch(s.layers[j].layer); err != nil {
-				return err
-			}
-			g.calls[j] = *call
-			g.calls[j].scratch, g.calls[j].paths = nil, nil
-			finished += c.lastBlocks()
-			g.finished = append(g.finished, uint32(finished))
-			finish(j)
-		}
-		return ops.Run(l.stream)
-	})
-	g.exec = exec
-	return err
+	return ops.Run(stream)
 }
 
 // describe makes the cache's call that of a layer of a graph, up to its layout.
@@ -411,18 +469,21 @@ func (a *armer) describe(g *stepGraph, s *armedStep, j int) error {
 	d.Gate, d.Status, d.Finished, d.News = a.state.ptr+stateGate, s.status, a.state.ptr+stateFinished, newsPtr(a)
 	d.Order = int32(j + 1)
 
+	longest, _ := c.lease.method.path(c.layers[layer.layer].model, &kv.SeqRow{Len: math.MaxInt32}, 0)
+	d.Paths = image + uint64(at.sparse)
+	call.sparse, call.dense = key.sparse, key.dense
+	if longest != pipeline.Sparse {
+		d.Paths = image + uint64(at.dense)
+		call.sparse, call.dense = false, key.sparse || key.dense
+	}
+	if call.sparse {
+		call.keepMost = key.keepMost
+	}
 	if key.carry != 0 {
 		c.batch.carryLayout(d, key.rows)
 	}
-	longest, _ := c.pathOf(layer.layer, &kv.SeqRow{Len: math.MaxInt32}, 0)
-	d.Paths = image + uint64(at.sparse)
-	call.sparse = key.sparse && longest == pipeline.Sparse
-	if longest != pipeline.Sparse {
-		d.Paths = image + uint64(at.dense)
-	}
-	call.dense = !call.sparse || key.dense
-	if call.sparse {
-		call.keepMost = key.keepMost
+	if key.lent && c.layers[layer.layer].slot == noSlot {
+		d.Plan = image + uint64(at.plan+4*kernels.PlanWords*len(s.layers)) // of nothing to index
 	}
 	var err error
 	c.batch.longest = 0
@@ -435,25 +496,6 @@ func (a *armer) describe(g *stepGraph, s *armedStep, j int) error {
 
 func newsPtr(a *armer) drv.Ptr {
 	return drv.Ptr(uintptr(unsafe.Pointer(unsafe.SliceData(a.news.data))))
-}
-
-// lastBlocks is how many blocks of the call's kernels say that they are over.
-func (c *cache) lastBlocks() (n int) {
-	a, d := &c.call, &c.call.desc
-	if a.fused {
-		n = int(d.Rows) * a.plan.cluster
-	}
-	switch _, alone := c.denseLaunch(); {
-	case !c.attends():
-	case alone:
-		n += int(d.Rows * d.Splits)
-	default:
-		n += int(d.Batch * d.QueryHeads)
-	}
-	if d.OutLists != 0 {
-		n += int(d.Rows)
-	}
-	return n
 }
 
 // launch gives the stream a step.
@@ -485,7 +527,11 @@ func (a *armer) launch(s *armedStep, used int) error {
 		a.check.Set(1, g.calls[0].desc.Bad)
 		errs = append(errs, a.check.Run(g.key.rows, 1))
 	}
-	errs = append(errs, g.exec.Launch(a.stream))
+	if g.made {
+		errs = append(errs, g.exec.Launch(a.stream))
+	} else {
+		errs = append(errs, a.enqueue(g, s, a.stream))
+	}
 	if g.key.lent {
 		errs = append(errs, a.lent.book(a, s))
 	}

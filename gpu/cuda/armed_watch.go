@@ -19,6 +19,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 const (
@@ -129,15 +130,20 @@ func (a *armer) reached() (layers int, finished uint32, err error) {
 // helped waits until the stream that helps has done all. It has nothing to wait for.
 func (a *armer) helped() error {
 	for start := time.Now(); ; {
-		err := drv.Query(a.help)
-		if !errors.Is(err, drv.NotReady) {
+		if done, err := drv.Done(a.help); done || err != nil {
 			return err
 		}
 		if time.Since(start) > stuck {
-			a.cache.lease.device.stuck("a stream that waits for nothing")
-			return err
+			return a.isStuck("a stream that waits for nothing")
 		}
 	}
+}
+
+// isStuck tells of work that can neither end nor be ended.
+func (a *armer) isStuck(what string) error {
+	err := fault.Newf(fault.Unavailable, "", "the GPU does not get through %s: this worker cannot go on, open a lease anew", what)
+	a.cache.lease.device.owner.lost(err)
+	return err
 }
 
 // unpark does what a layer needs that has parked the stream.
@@ -246,7 +252,7 @@ func (a *armer) runOnce(s *armedStep, j int, t training, chain bool) (bad uint64
 	results := g.key.results + uint64(g.results.layers[j])
 	call.bind(results, l.scratch.ptr)
 	d.DriftFlags = drift
-	if err := zero(results, call.back.end, l.stream); err != nil {
+	if err := zero(results, call.back.drift, l.stream); err != nil {
 		return 0, err
 	}
 	if drift != 0 {
@@ -278,7 +284,7 @@ func (a *armer) runOnce(s *armedStep, j int, t training, chain bool) (bad uint64
 // fail fails a step and all behind it.
 func (a *armer) fail(s *armedStep, cause *fault.Error) error {
 	// The driver itself may not get through.
-	defer time.AfterFunc(2*stuck, func() { a.cache.lease.device.stuck("the end of an armed step") }).Stop()
+	defer time.AfterFunc(2*stuck, func() { _ = a.isStuck("the end of an armed step") }).Stop()
 	s.cause.CompareAndSwap(nil, cause)
 	cause = s.cause.Load()
 	a.mu.Lock()
@@ -355,8 +361,7 @@ func (a *armer) await(s *armedStep) (int, error) {
 			return 0, err
 		}
 		if time.Since(start) > stuck {
-			a.cache.lease.device.stuck("an armed step")
-			return 0, drv.NotReady
+			return 0, a.isStuck("an armed step")
 		}
 		time.Sleep(100 * time.Microsecond)
 	}
@@ -387,8 +392,7 @@ func (a *armer) drain(s *armedStep, begin bool) error {
 			return err
 		}
 		if time.Since(start) > stuck {
-			a.cache.lease.device.stuck("an armed step that was halted")
-			return drv.NotReady
+			return a.isStuck("an armed step that was halted")
 		}
 		time.Sleep(50 * time.Microsecond)
 	}
@@ -528,11 +532,14 @@ func (a *armer) collect(s *armedStep, j int, res *gpu.LayerResult) {
 	}
 	res.Index.ChunksDrifted = uint64(binary.NativeEndian.Uint32(data[call.back.drifted:]))
 	for b := range s.rows {
-		path, reason := c.pathOf(s.layers[j].layer, &s.rows[b], s.crossover)
+		path, reason := c.lease.method.path(c.layers[s.layers[j].layer].model, &s.rows[b], s.crossover)
+		if s.batch.rows > 0 && int32s(s.back.data[g.results.bad:])[b] != 0 {
+			reason = pipeline.BadRow
+		}
 		paths, reasons = append(paths, path), append(reasons, reason)
 	}
 	call.rows, call.paths, call.reasons, call.res = s.rows, paths, reasons, res
-	call.collectRows(c.lease, data)
+	c.collectRows(call, data)
 }
 
 // readRows takes the rows of a batch that was read on the device.

@@ -370,7 +370,7 @@ func (t *batch) grow(rows, pages int, differ bool) error {
 
 // misplace says that tables hold nothing of the rows'.
 func (t *batch) misplace() {
-	t.current = false
+	t.current, t.checked = false, false
 	for b := range t.placed {
 		t.placed[b].n = 0
 	}

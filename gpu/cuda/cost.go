@@ -32,16 +32,10 @@ func (c cost) micros(bytes, bandwidth float64) float64 {
 	return c.fixed + bytes/(c.share*bandwidth)*1e6
 }
 
-// crossover returns the number of valid tokens from which the current step's rows are to run sparsely: those
+// crossoverOf returns the number of valid tokens from which rows of so many each are to run sparsely: those
 // below are as fast by dense attention, all things taken together.
-func (c *cache) crossover() int {
+func (c *cache) crossoverOf(lengths []int) int {
 	l, bandwidth := c.lease, c.lease.device.bandwidth
-	lengths := make([]int, 0, len(c.tracker.Rows()))
-	for _, row := range c.tracker.Rows() {
-		if row.Len > 0 {
-			lengths = append(lengths, row.Len-row.First)
-		}
-	}
 	slices.Sort(lengths)
 	dense, sparse := plainCost, chainCost
 	if _, ok := l.dense[c.spec.DType]; ok {
@@ -73,6 +67,17 @@ func (c *cache) crossover() int {
 	return least
 }
 
+// crossover is that of the current step.
+func (c *cache) crossover() int {
+	lengths := make([]int, 0, len(c.tracker.Rows()))
+	for _, row := range c.tracker.Rows() {
+		if row.Len > 0 {
+			lengths = append(lengths, row.Len-row.First)
+		}
+	}
+	return c.crossoverOf(lengths)
+}
+
 // denseBytes and sparseBytes are what a sequence of n valid tokens has to read, over all of a layer's heads.
 func (c *cache) denseBytes(n int) float64 {
 	g := &c.lease.geometry
@@ -82,7 +87,7 @@ func (c *cache) denseBytes(n int) float64 {
 func (c *cache) sparseBytes(n int) float64 {
 	l := c.lease
 	g, m := &l.geometry, &l.method
-	selector, estimator := m.pipeline.Shadows()
+	selector, estimator := m.selectorRecords, m.estimatorRecords
 	candidates := float64(min(m.tokens(n, 0), n))
 	kept := candidates
 	if m.prunes != kernels.PruneNone {

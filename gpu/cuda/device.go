@@ -237,8 +237,3 @@ func (d *Device) Close() error {
 	d.owner.close()
 	return errors.Join(errs...)
 }
-
-// stuck tells of work that can neither end nor be ended.
-func (d *Device) stuck(what string) {
-	d.owner.lost(fault.Newf(fault.Unavailable, "", "the GPU does not get through %s: this worker cannot go on, open a lease anew", what))
-}

@@ -131,7 +131,7 @@ func serveReplay(device *engine.GPU, all map[int]*engine.Memory, req *engineRequ
 	return reply, nil, err
 }
 
-const meetingConfig = `{"skip_first_two_layers": false, "selector": {"type": "quest", "token_budget": 1024},
+const meetingConfig = `{"skip_first_two_layers": false, "dense_below": 0, "selector": {"type": "quest", "token_budget": 1024},
 	"weight_estimator": {"type": "min_max_quant"}, "weight_pruner": {"type": "top_p", "threshold": 0.95}}`
 
 func meetingGeometry(layers int) kv.Geometry {

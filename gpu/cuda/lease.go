@@ -122,6 +122,16 @@ func (l *lease) start() (err error) {
 	return nil
 }
 
+// launchOn makes the launches go to a stream.
+func (l *lease) launchOn(stream cu.Stream) {
+	for _, launch := range l.launches.all {
+		launch.On(stream)
+	}
+	for _, v := range l.fused.variants {
+		v.launch.On(stream)
+	}
+}
+
 // asking is how many query heads ask a list row.
 func (l *lease) asking() int {
 	if l.method.perQueryHead {

@@ -35,6 +35,13 @@ func (w *waits) enter() {
 	w.n++
 }
 
+// waiting tells whether a stream waits.
+func (w *waits) waiting() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.n > 0
+}
+
 // leave says that it does not any more.
 func (w *waits) leave() error {
 	w.mu.Lock()

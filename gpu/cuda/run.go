@@ -50,12 +50,15 @@ type layerCall struct {
 	outBytes  int       // of an inline output
 	back      back      // where results lie
 	copyLists int       // tokens of lists asked for inline, at most
+	last      int       // blocks of the layer's last kernels, which count themselves
 	scratch   []*uint64 // addresses of desc that lie in the lease's scratch
 }
 
 // back says where the results of a call lie, from the start of the buffer that is copied back.
 type back struct {
-	badQuery, flags, kept, candidates, mass, coverage, cycles, audits, tickets, output, drifted, end int
+	badQuery, flags, kept, candidates, mass, coverage, cycles, audits, output, drifted, end int
+
+	tickets, drift int // stay behind
 }
 
 // run runs a layer, on the owner's thread.
@@ -293,9 +296,8 @@ func (c *cache) reserve() error {
 	l, a := c.lease, &c.call
 	resultBytes, scratchBytes := c.layout()
 	if a.req.Lists && a.req.ListBuffer == nil && a.req.Query != nil {
-		a.desc.OutLists = uint64(scratchBytes)
+		a.desc.OutLists, a.desc.OutRoom = uint64(scratchBytes), uint64(a.copyLists)
 		a.scratch = append(a.scratch, &a.desc.OutLists)
-		a.desc.OutRoom = uint64(a.copyLists)
 		scratchBytes += 4 * a.copyLists
 	}
 	err := errors.Join(l.results.reserve(resultBytes), l.scratch.reserve(scratchBytes), l.back.reserve(resultBytes))
@@ -317,12 +319,14 @@ func (c *cache) layout() (resultBytes, scratchBytes int) {
 	a.back = back{
 		badQuery: results.take(8), flags: results.take(4 * batch * g.KVHeads), kept: results.take(4 * rows),
 		candidates: results.take(4 * rows), mass: results.take(4 * queries), coverage: results.take(4 * queries),
-		cycles: results.take(8 * 3), audits: results.take(8 * len(a.audited) * g.Group()), tickets: results.take(4 * rows),
+		cycles: results.take(8 * 3), audits: results.take(8 * len(a.audited) * g.Group()),
 		output:  results.take(a.outBytes),
 		drifted: results.take(4),
 	}
 	a.back.end = results.used
-	results.take(4 * int(d.Works)) // drift, work by work, stays behind
+	// Rows' tickets and, work by work, drift.
+	a.back.tickets = results.take(4 * rows)
+	a.back.drift = results.take(4 * int(d.Works))
 
 	d.FusedOwn, d.FusedCap, d.CandidateStride = int32(a.plan.room), int32(a.plan.capacity), int32(a.keepMost)
 	d.ListsOnly, d.OnlyDense = truth(a.req.ListsOnly), truth(a.fused)
@@ -389,9 +393,9 @@ func (a *layerCall) bind(results, scratch drv.Ptr) {
 	d.BadQuery, d.Flags, d.Kept = results+uint64(a.back.badQuery), results+uint64(a.back.flags), results+uint64(a.back.kept)
 	d.CandidateTokens = results + uint64(a.back.candidates)
 	d.Mass, d.Coverage = results+uint64(a.back.mass), results+uint64(a.back.coverage)
-	d.Drifted = results + uint64(a.back.drifted)
 	d.StageCycles, d.AuditResults = results+uint64(a.back.cycles), results+uint64(a.back.audits)
-	d.Tickets, d.DriftFlags = results+uint64(a.back.tickets), results+uint64(a.back.end)
+	d.Drifted = results + uint64(a.back.drifted)
+	d.Tickets, d.DriftFlags = results+uint64(a.back.tickets), results+uint64(a.back.drift)
 	if a.outBytes > 0 {
 		d.Output = results + uint64(a.back.output)
 	}
@@ -488,10 +492,16 @@ func (c *cache) launch(i int) error {
 	}
 
 	rows := int(d.Rows)
+	last := func(launch drv.Launch, x, y int) {
+		run(launch, x, y)
+		a.last += x * y
+	}
+	a.last = 0
 	if a.fused {
 		if err == nil {
 			err = l.fused.run(a.plan, rows)
 		}
+		a.last += rows * a.plan.cluster
 		mark(stagePrune)
 		mark(stageAttend)
 		if a.wantsLists() {
@@ -507,13 +517,13 @@ func (c *cache) launch(i int) error {
 	switch dense, ok := c.denseLaunch(); {
 	case !c.attends():
 	case ok:
-		run(dense, int(d.Splits), rows)
+		last(dense, int(d.Splits), rows)
 	default:
 		run(k.attend, int(d.Splits), rows)
-		run(k.combine, len(a.rows)*int(d.QueryHeads), 1)
+		last(k.combine, len(a.rows)*int(d.QueryHeads), 1)
 	}
 	if d.OutLists != 0 {
-		run(k.lists, rows, 1)
+		last(k.lists, rows, 1)
 	}
 	mark(stages)
 	run(k.audit, len(a.audited)*l.geometry.Group(), 1)
@@ -604,7 +614,7 @@ func (c *cache) collect(i int) error {
 	if a.fused && a.retries(data, l.geometry.KVHeads) {
 		return errRetry
 	}
-	total := a.collectRows(l, data)
+	total := c.collectRows(a, data)
 	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
 	if a.req.Lists && a.req.ListBuffer == nil {
 		return c.fetchLists(min(total, a.copyLists))
@@ -624,7 +634,8 @@ func (a *layerCall) retries(data []byte, heads int) bool {
 
 // collectRows turns what kernels found out into columns of the answer, and returns how many tokens lists
 // have together.
-func (a *layerCall) collectRows(l *lease, data []byte) (total int) {
+func (c *cache) collectRows(a *layerCall, data []byte) (total int) {
+	l := c.lease
 	g, res := &l.geometry, a.res
 	asking, perKV := int(a.desc.Asking), g.Group()/int(a.desc.Asking)
 	at := func(column, r int) uint32 { return binary.NativeEndian.Uint32(data[column+4*r:]) }
@@ -705,7 +716,7 @@ func (a *layerCall) countRead(l *lease, b int, path pipeline.Path, candidates, k
 	if a.ranksKeys(l, b, candidates) {
 		read.Cache += uint64(row.Len-row.First) * k
 	}
-	selector, estimator := l.method.pipeline.Shadows()
+	selector, estimator := l.method.selectorRecords, l.method.estimatorRecords
 	if selector != nil {
 		read.Shadow += uint64(selector.HeadBytes(g.KDim) + ceilDiv(row.Len, kv.ChunkTokens)*selector.ChunkBytes(g.KDim))
 	}

@@ -1391,5 +1391,6 @@ extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 // Offsets by which the host checks its idea of Layer.
 extern "C" __device__ const uint32_t twilight_layout[] = {
 	sizeof(Layer), offsetof(Layer, lengths), offsetof(Layer, queries), offsetof(Layer, int4), offsetof(Layer, q),
-	offsetof(Layer, lists), offsetof(Layer, audited), offsetof(Layer, go), offsetof(Layer, batch), offsetof(Layer, softmax_scale), sizeof(CutResult),
+	offsetof(Layer, lists), offsetof(Layer, audited), offsetof(Layer, go), offsetof(Layer, batch), offsetof(Layer, softmax_scale),
+	sizeof(CutResult),
 };

@@ -90,6 +90,7 @@ enum {
 	HOST_REGISTER_PORTABLE = 1,
 	HOST_REGISTER_MAPPED = 2,
 	HOST_REGISTER_READ_ONLY = 8,
+	NOT_READY = 600,
 };
 
 CUresult cuGetErrorName(CUresult, const char **);

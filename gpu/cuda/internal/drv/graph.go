@@ -92,8 +92,14 @@ func (g Graph) Launch(s cu.Stream) error {
 // Destroy frees the graph, which must not be running.
 func (g Graph) Destroy() error { return check("cuGraphExecDestroy", C.cuGraphExecDestroy(g.exec)) }
 
-// Query is nil if a stream has done everything, and NotReady if it has not.
-func Query(s cu.Stream) error { return check("cuStreamQuery", C.cuStreamQuery(stream(s))) }
+// Done tells whether a stream has done everything.
+func Done(s cu.Stream) (bool, error) {
+	result := C.cuStreamQuery(stream(s))
+	if result == C.NOT_READY {
+		return false, nil
+	}
+	return true, check("cuStreamQuery", result)
+}
 
 // Signal counts how often streams came by, and wakes who polls FD each time.
 type Signal struct {
