@@ -28,9 +28,7 @@ var (
 // keptByTopP is the share of all tokens that top-p leaves a head, about.
 const keptByTopP = .012
 
-func (c cost) micros(bytes, bandwidth float64) float64 {
-	return c.fixed + bytes/(c.share*bandwidth)*1e6
-}
+func (c cost) micros(bytes, bandwidth float64) float64 { return c.fixed + bytes/(c.share*bandwidth)*1e6 }
 
 // crossoverOf returns the number of valid tokens from which rows of so many each are to run sparsely: those
 // below are as fast by dense attention, all things taken together.
@@ -41,8 +39,12 @@ func (c *cache) crossoverOf(lengths []int) int {
 	if _, ok := l.dense[c.spec.DType]; ok {
 		dense = denseCost
 	}
-	if l.fused.serves(c.spec.DType) {
+	rows, from := len(lengths), l.device.options.FusedFrom
+	if rows > 0 && from >= 0 && lengths[rows-1] >= from && l.fused.serves(c.spec.DType) {
 		sparse = fusedCost
+		if 2*rows*l.lists() <= l.device.sms {
+			sparse = clusteredCost
+		}
 	}
 	rest := 0.0 // bytes of the rows that are sparse
 	for _, n := range lengths {
