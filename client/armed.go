@@ -41,9 +41,9 @@ type Arming struct {
 	// least, for all armed steps of the cache and nothing else. Steps then run by Layer.ReadyOn and WaitOn, or
 	// by replays of a graph that does the same (Begun), and end with Finish.
 	Words *Buffer
-	// Release is a stream that has nothing else to do. By it the SDK lets the engine's stream get through a
+	// Release is a stream with nothing else to do. By it the SDK lets the engine's stream get through a
 	// step that failed. It goes with Words.
-	Release Stream
+	Release Releaser
 }
 
 // DeviceBatch is a batch in a buffer, for an engine that knows it only when the step begins: rows without
@@ -103,10 +103,11 @@ type Armed struct {
 	stopped func() bool // is there a failure
 
 	// Of a step that a stream runs.
-	release     Stream // nil: of another
+	release     Releaser // nil: of another
 	given       atomic.Bool
 	overdue     *time.Timer
-	finished    chan struct{}
+	finished    chan struct{} // closed by Finish
+	released    chan struct{} // closed when no word is released any more
 	finishOnce  sync.Once
 	releaseOnce sync.Once
 
@@ -160,6 +161,9 @@ func (c *Cache) Arm(ctx context.Context, b Batch, how Arming) (*Armed, error) {
 	if err := how.check(); err != nil {
 		return nil, err
 	}
+	if d := c.session.Device(); d.GetBackend() == "cuda" && how.Words == nil {
+		return nil, errorf(ErrUnsupported, "step.armed", "device %s is a GPU, whose rings wake no CPU: set Arming.Words and Release", d.GetId())
+	}
 	select {
 	case c.stepping <- struct{}{}:
 	case <-ctx.Done():
@@ -210,7 +214,7 @@ func (c *Cache) startArmed(ctx context.Context, b *Batch, how *Arming) (*call, *
 	m.Armed, m.Device = c.arming.set(how, w, timeout), how.Device.proto()
 	a := &Armed{
 		cache: c, lease: l, id: m.GetStepId(), words: w, timeout: timeout, done: make(chan struct{}),
-		release: how.Release, finished: make(chan struct{}),
+		release: how.Release, finished: make(chan struct{}), released: make(chan struct{}),
 	}
 	a.stopped = func() bool { return a.failure.Load() != nil }
 	if err := l.expect(a); err != nil {

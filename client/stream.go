@@ -15,6 +15,13 @@ type Stream interface {
 	Words(b *Buffer, words []Word) error
 }
 
+// Releaser is a stream that never waits for a word.
+type Releaser interface {
+	Stream
+	// Synchronize waits until the stream has done everything.
+	Synchronize() error
+}
+
 // Word is a 32-bit word of a buffer that a stream writes or waits for.
 type Word struct {
 	Offset int // in bytes, a multiple of 4
@@ -109,6 +116,8 @@ func (a *Armed) Finish(ctx context.Context, status uint32) error {
 		a.fail(&Error{Code: Code(status), Message: "the step failed"}, true)
 	}
 	a.finishOnce.Do(func() { close(a.finished) })
+	a.releaseOnce.Do(func() { close(a.released) })
+	<-a.released // or the next step would be released with this one
 	if e := a.failure.Load(); e != nil {
 		return e
 	}
@@ -124,6 +133,7 @@ func (a *Armed) startRelease() {
 }
 
 func (a *Armed) keepReleasing(code uint32) {
+	defer close(a.released)
 	ticker := time.NewTicker(releaseEvery)
 	defer ticker.Stop()
 	words := []Word{{Offset: a.words.offset(0), Value: code}}
@@ -131,8 +141,9 @@ func (a *Armed) keepReleasing(code uint32) {
 		words = append(words, Word{Offset: a.words.offset(1 + a.words.layers + i), Value: 1})
 	}
 	for {
-		// An error means that the engine's GPU is lost, which it learns by itself.
+		// Errors mean that the engine's GPU is lost, which it learns by itself.
 		_ = a.release.Words(a.words.buffer, words)
+		_ = a.release.Synchronize()
 		select {
 		case <-a.finished:
 			return

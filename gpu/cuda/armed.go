@@ -557,7 +557,7 @@ func (a *armer) release() error {
 	a.ready = false
 	errs := []error{a.flush()}
 	for _, g := range a.graphs {
-		errs = append(errs, g.destroy(a.cache.lease.device))
+		errs = append(errs, g.destroy())
 	}
 	for i := range a.slots {
 		errs = append(errs, a.slots[i].image.free(), a.slots[i].back.free())

@@ -253,18 +253,21 @@ func (a *armer) putTables(out []byte, at *imageLayout, patchesAt, entriesAt int)
 	}
 }
 
+// maxGraphs is how many sizes of batches are kept.
+const maxGraphs = 64
+
 // graph returns the graph for a key, on the owner's thread.
 func (a *armer) graph(s *armedStep, key graphKey) (*stepGraph, error) {
 	key.results, key.scratch = a.results.ptr, a.scratch.ptr
-	nodes := 0
 	for _, g := range a.graphs {
 		if g.key == key {
 			return g, a.make(g, s)
 		}
-		nodes = max(nodes, g.exec.Nodes)
 	}
-	if err := a.makeRoom(nodes); err != nil {
-		return nil, err
+	if len(a.graphs) == maxGraphs {
+		if err := a.forgetGraph(); err != nil {
+			return nil, err
+		}
 	}
 	g := &stepGraph{key: key, image: a.cache.imageLayout(key.rows, len(s.layers), key.chunkStride)}
 	if err := a.build(g, s); err != nil {
@@ -274,39 +277,27 @@ func (a *armer) graph(s *armedStep, key graphKey) (*stepGraph, error) {
 	return g, a.make(g, s)
 }
 
+// forgetGraph gives up the graph that was used longest ago. Of those in use there are fewer.
+func (a *armer) forgetGraph() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	oldest := -1
+	for i, g := range a.graphs {
+		if g.users == 0 && (oldest < 0 || g.used < a.graphs[oldest].used) {
+			oldest = i
+		}
+	}
+	g := a.graphs[oldest]
+	a.graphs = slices.Delete(a.graphs, oldest, oldest+1)
+	return g.destroy()
+}
+
 // destroy gives a graph back.
-func (g *stepGraph) destroy(d *Device) error {
+func (g *stepGraph) destroy() error {
 	if !g.made {
 		return nil
 	}
-	d.nodes -= g.exec.Nodes
 	return g.exec.Destroy()
-}
-
-// maxGraphs is how many sizes of batches are kept.
-const maxGraphs = 64
-
-// makeRoom sees that another graph of so many nodes finds room, by giving up those used longest ago.
-func (a *armer) makeRoom(nodes int) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	d := a.cache.lease.device
-	for d.nodes+nodes > graphNodes || len(a.graphs) >= maxGraphs {
-		oldest := -1
-		for i, g := range a.graphs {
-			if g.users == 0 && (oldest < 0 || g.used < a.graphs[oldest].used) {
-				oldest = i
-			}
-		}
-		if oldest < 0 {
-			break
-		}
-		if err := a.graphs[oldest].destroy(d); err != nil {
-			return err
-		}
-		a.graphs = slices.Delete(a.graphs, oldest, oldest+1)
-	}
-	return nil
 }
 
 // build prepares the layers of a graph.
@@ -396,10 +387,7 @@ func (a *armer) make(g *stepGraph, s *armedStep) (err error) {
 	}
 	stream := a.cache.lease.stream
 	g.exec, err = drv.Capture(stream, func() error { return a.enqueue(g, s, stream) })
-	if err == nil {
-		g.made = true
-		a.cache.lease.device.nodes += g.exec.Nodes
-	}
+	g.made = err == nil
 	return err
 }
 

@@ -28,7 +28,9 @@ var (
 // keptByTopP is the share of all tokens that top-p leaves a head, about.
 const keptByTopP = .012
 
-func (c cost) micros(bytes, bandwidth float64) float64 { return c.fixed + bytes/(c.share*bandwidth)*1e6 }
+func (c cost) micros(bytes, bandwidth float64) float64 {
+	return c.fixed + bytes/(c.share*bandwidth)*1e6
+}
 
 // crossoverOf returns the number of valid tokens from which rows of so many each are to run sparsely: those
 // below are as fast by dense attention, all things taken together.

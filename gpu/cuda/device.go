@@ -53,7 +53,6 @@ type Device struct {
 	bandwidth float64
 	owner     *owner
 	streams   streams
-	nodes     int // of graphs; the owner's
 	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
@@ -97,7 +96,7 @@ func New(o Options) (*Device, error) {
 		if d.kernels, err = kernels.Load(device); err != nil {
 			return err
 		}
-		return errors.Join(d.streams.make(), d.makeGraphRoom())
+		return d.streams.make()
 	})
 	if err != nil {
 		d.owner.close()

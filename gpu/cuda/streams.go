@@ -5,50 +5,11 @@ package cuda
 import (
 	"errors"
 	"sync"
-	"unsafe"
 
 	"gorgonia.org/cu"
 
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
-	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 )
-
-// graphNodes is how many nodes the graphs of armed steps have together. For so many there is room from the
-// start: to make more may block while a stream waits for a word.
-const graphNodes = 48 << 10
-
-// makeGraphRoom makes the driver keep that room, on the owner's thread.
-func (d *Device) makeGraphRoom() error {
-	stream, err := d.streams.take()
-	if err != nil {
-		return err
-	}
-	defer d.streams.give(stream)
-	block := drv.NewBlock(int(unsafe.Sizeof(kernels.Layer{})))
-	defer block.Free()
-	launch := drv.NewLaunch(d.kernels.Armed.Poison, stream, 1, block)
-	defer launch.Free()
-	const each = 1 << 10
-	var graphs []drv.Graph
-	for len(graphs) < graphNodes/each && err == nil {
-		var g drv.Graph
-		g, err = drv.Capture(stream, func() error {
-			for range each {
-				if err := launch.Run(1, 1); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err == nil {
-			graphs = append(graphs, g)
-		}
-	}
-	for _, g := range graphs {
-		err = errors.Join(err, g.Destroy())
-	}
-	return err
-}
 
 // streams keeps streams for leases to come: to make one may block while another waits for a word.
 type streams struct {

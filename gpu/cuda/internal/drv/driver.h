@@ -63,7 +63,6 @@ typedef struct {
 
 typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphExec_st *CUgraphExec;
-typedef struct CUgraphNode_st *CUgraphNode;
 
 _Static_assert(sizeof(drv_memop) == 48, "CUstreamBatchMemOpParams");
 _Static_assert(sizeof(CUlaunchAttribute) == 72, "CUlaunchAttribute");
@@ -124,7 +123,6 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec *, CUgraph, unsigned long long 
 CUresult cuGraphLaunch(CUgraphExec, CUstream);
 CUresult cuGraphExecDestroy(CUgraphExec);
 CUresult cuGraphDestroy(CUgraph);
-CUresult cuGraphGetNodes(CUgraph, CUgraphNode *, size_t *);
 CUresult cuStreamQuery(CUstream);
 CUresult cuLaunchHostFunc(CUstream, void (*)(void *), void *);
 CUresult cuFuncLoad(CUfunction);

@@ -53,10 +53,7 @@ func (m *MemOps) Run(s cu.Stream) error {
 }
 
 // Graph is work that a stream can be given at once, again and again.
-type Graph struct {
-	Nodes int
-	exec  C.CUgraphExec
-}
+type Graph struct{ exec C.CUgraphExec }
 
 // Capture makes a graph of what f gives a stream, which does none of it.
 func Capture(s cu.Stream, f func() error) (g Graph, err error) {
@@ -71,11 +68,6 @@ func Capture(s cu.Stream, f func() error) (g Graph, err error) {
 	}
 	if graph == nil {
 		return g, err
-	}
-	if err == nil {
-		var nodes C.size_t
-		err = check("cuGraphGetNodes", C.cuGraphGetNodes(graph, nil, &nodes))
-		g.Nodes = int(nodes)
 	}
 	if err == nil {
 		err = check("cuGraphInstantiate", C.cuGraphInstantiateWithFlags(&g.exec, graph, 0))
