@@ -42,8 +42,11 @@ class Emulation:
         ):
             if value["type"] not in types:
                 raise ValueError(f"{stage}.type is {value['type']!r}, expected one of {types} to be emulated")
-        if unknown := set(config) - known or config.get("use_estimated_weights_in_attn"):
-            raise ValueError(f"keys {unknown} are not emulated: leave them out")
+        unknown = set(config) - known
+        if config.get("use_estimated_weights_in_attn"):
+            unknown.add("use_estimated_weights_in_attn")
+        if unknown:
+            raise ValueError(f"keys {sorted(unknown)} are not emulated: leave them out")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attends causally from the last S of N positions.

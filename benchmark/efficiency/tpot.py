@@ -44,7 +44,7 @@ def measure(model: Model, prefix: Prefix, after: list[int], method: run.Method, 
             times.append(1000 * (time.perf_counter() - start))
         kept = decoder.tally.summary()["kept"]
     low, median, high = quantiles(times[WARM:], n=4)
-    return Timed(method.name, prefix.tokens, (low, median, high), kept)
+    return Timed(method.name, len(prefix.tokens), (low, median, high), kept)
 
 
 def table(timed: list[Timed]) -> str:

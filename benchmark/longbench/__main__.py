@@ -84,7 +84,7 @@ def examples(model: Model, args: argparse.Namespace) -> Iterator[Question]:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(prog="benchmark.longbench", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=sorted(METRICS), metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=sorted(METRICS), metavar="TASK", help="which")
     parser.add_argument("--data", type=Path, help="folder with <task>.jsonl; else the datasets library is asked")
     parser.add_argument("--max-tokens", type=int, default=31500, help="longer prompts lose their middle")
     parser.add_argument("--most", type=int, default=-1, help="examples of each task; -1 for all")

@@ -46,13 +46,13 @@ def main() -> None:
     """Runs the benchmark."""
     names = list(tasks(Path(), 0))
     parser = argparse.ArgumentParser(prog="benchmark.ruler", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK")
+    parser.add_argument("--tasks", nargs="+", default=names, choices=names, metavar="TASK", help="which")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="of prompt and answer together")
     parser.add_argument("--samples", type=int, default=50, help="prompts of each task and length")
     parser.add_argument(
         "--data", type=Path, default=Path("ruler"), help="folder with essays.txt, squad.json and hotpotqa.json"
     )
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of all that is drawn")
     run.main("ruler", parser, examples, settings=["seed"])
 
 

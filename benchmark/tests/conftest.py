@@ -19,11 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 class Words:
     """A tokenizer whose tokens are words, punctuation and line breaks, numbered as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, bos_token: str | None = None) -> None:
+        self.bos_token = bos_token
         self.known: dict[str, int] = {}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> Words:
-        found = re.findall(r"\w+|[^\w\s]|\n", text)
+        found = re.findall(r"<s>|\w+|[^\w\s]|\n", text)
+        if self.bos_token and add_special_tokens:
+            found.insert(0, self.bos_token)
         self.input_ids = [self.known.setdefault(token, len(self.known)) for token in found]
         return self
 

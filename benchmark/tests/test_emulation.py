@@ -13,6 +13,7 @@ from benchmark.emulation import Emulation, best, quantize, top_p
 from benchmark.examples import Question, Span
 from benchmark.model import Model
 from benchmark.served import served
+from benchmark.tests.conftest import Words
 
 TEXT = torch.randint(0, 256, (700,), generator=torch.Generator().manual_seed(2)).tolist()
 ESTIMATOR = {"type": "min_max_quant", "quant_bit": 4}
@@ -59,6 +60,22 @@ def test_daemon_agrees(name: str, model: Model, client: tw.Client) -> None:
     else:
         assert difference > 1e-3  # it prunes
         assert theirs.dense == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"compressor": {"type": "snap_kv", "window_size": 16, "max_capacity_prompt": 64}},
+        {"selector": {"type": "h2o", "token_budget": 64}},
+    ],
+)
+def test_methods_that_look_at_the_prefill(config: dict[str, Any], model: Model, client: tw.Client) -> None:
+    prefix = model.prefill(TEXT[:300])
+    with torch.inference_mode(), served(model, prefix, config, client) as decoder:
+        decoder.feed(TEXT[300:303])
+        summary = decoder.tally.summary()
+    assert summary["dense_rows"] == 0
+    assert 60 <= summary["kept"] <= 70
 
 
 def test_refuses_what_it_does_not_know() -> None:
@@ -108,6 +125,11 @@ def test_span(model: Model) -> None:
     assert row["score"] == pytest.approx(float(loss.exp()), rel=1e-4)
     with pytest.raises(ValueError, match="out of range"):
         Span("x", "x", text, 150, 201).prefix(model)
+
+
+def test_a_text_begins_once(model: Model) -> None:
+    tokenized = Model.of("begins", model.model, Words("<s>"))
+    assert tokenized.encode("a b") == tokenized.encode("<s> a b") == [0, 1, 2]
 
 
 def test_question_is_greedy(model: Model) -> None:
