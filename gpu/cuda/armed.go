@@ -213,7 +213,7 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	if step.Batch == nil {
 		err = a.declare(s, step.Step)
 	} else {
-		s.rows, s.work = sized(s.rows, step.Batch.Rows), sized(s.work, len(s.layers))
+		s.rows, s.work, s.crossover = sized(s.rows, step.Batch.Rows), sized(s.work, len(s.layers)), 0
 		clear(s.rows)
 		clear(s.work)
 	}

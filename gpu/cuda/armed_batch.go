@@ -4,7 +4,6 @@ package cuda
 
 import (
 	"errors"
-	"math"
 	"slices"
 	"unsafe"
 
@@ -124,13 +123,7 @@ func (a *armer) lentShape(s *armedStep, key *graphKey) error {
 			return err
 		}
 		var ops drv.MemOps
-		trained := math.MaxInt32
-		for i := range c.layers {
-			if c.layers[i].slot != noSlot {
-				trained = min(trained, c.trained[i])
-			}
-		}
-		ops.Write(a.state.ptr+stateTrained, uint32(trained))
+		ops.Write(a.state.ptr+stateTrained, uint32(c.leastTrained()))
 		if err := ops.Run(a.stream); err != nil {
 			return err
 		}
@@ -182,7 +175,7 @@ func (l *lentLaunches) read(a *armer, s *armedStep) error {
 		Plan: image + uint64(at.plan), Go: image + uint64(at.goes), Run: image + uint64(at.run),
 		Gate: a.state.ptr + stateGate, News: newsPtr(a), Indexed: results + uint64(r.indexed),
 		Trained: a.state.ptr + stateTrained, BadSlot: results + uint64(r.badSlot), Training: results + uint64(r.training),
-		Rate: math.Max(m.sparsityRate, 0),
+		Rate: max(m.sparsityRate, 0),
 		Rows: int32(from.rows), Stride: int32(from.stride), OwnStride: int32(g.key.tableStride),
 		MaxLength: int32(from.maxLength), NumSlots: int32(from.numSlots),
 		PageSize: int32(c.spec.PageSize), NumPages: int32(c.spec.NumPages), NullPage: c.spec.NullPage, Chunks: int32(c.chunks),
@@ -191,7 +184,7 @@ func (l *lentLaunches) read(a *armer, s *armedStep) error {
 	for _, flag := range []struct {
 		is bool
 		to *int32
-	}{{m.plain, &b.Plain}, {m.selects == kernels.SelectAll, &b.SelectAll}, {m.indexes(), &b.Indexes}} {
+	}{{m.plain, &b.Plain}, {m.selects == kernels.SelectAll, &b.SelectAll}, {m.indexes(), &b.Indexes}, {m.selects != kernels.SelectQuest, &b.InTokens}} {
 		if flag.is {
 			*flag.to = 1
 		}

@@ -92,12 +92,6 @@ func (a *armer) give(s *armedStep) error {
 		if err := t.fit(); err != nil {
 			return err
 		}
-		if l.method.selects == kernels.SelectCarried {
-			if err := t.carry.reserve(t.carryLayout(&kernels.Layer{})); err != nil {
-				return err
-			}
-			key.carry = t.carry.ptr
-		}
 		key.rows = len(s.rows)
 		for b := range s.rows {
 			key.add(l, &s.rows[b], s.crossover)
@@ -106,6 +100,10 @@ func (a *armer) give(s *armedStep) error {
 			key.works = max(key.works, ceilPower(s.work[j].n))
 		}
 	}
+	if err := t.fitCarry(key.rows); err != nil {
+		return err
+	}
+	key.carry = t.carry.ptr
 	key.long = t.longest >= l.device.options.FusedFrom
 	key.chunkStride, key.tableStride = t.chunkStride, t.stride
 	key.table = t.tables.ptr
@@ -470,7 +468,7 @@ func (a *armer) describe(g *stepGraph, s *armedStep, j int) error {
 		call.keepMost = key.keepMost
 	}
 	if key.carry != 0 {
-		c.batch.carryLayout(d)
+		c.batch.carryLayout(d, key.rows)
 	}
 	if key.lent && c.layers[layer.layer].slot == noSlot {
 		d.Plan = image + uint64(at.plan+4*kernels.PlanWords*len(s.layers)) // of nothing to index
@@ -509,6 +507,9 @@ func (a *armer) launch(s *armedStep, used int) error {
 	a.begin.Set(3, a.state.ptr+stateReached)
 	errs = append(errs, a.begin.Run(1, 1))
 	if g.key.lent {
+		if counts := g.calls[0].desc.CarryCounts; counts != 0 {
+			errs = append(errs, zero(counts, 4*int(g.calls[0].desc.Rows), a.stream))
+		}
 		errs = append(errs, a.lent.read(a, s))
 	} else if g.key.rows > 0 {
 		a.check.Set(1, g.calls[0].desc.Bad)

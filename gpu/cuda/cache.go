@@ -5,6 +5,7 @@ package cuda
 import (
 	"context"
 	"errors"
+	"math"
 	"math/bits"
 	"slices"
 	"time"
@@ -276,6 +277,17 @@ func (c *cache) pending(i int) (t training) {
 	return t
 }
 
+// leastTrained is the level at which all layers are trained that are not skipped.
+func (c *cache) leastTrained() int {
+	least := math.MaxInt32
+	for i, level := range c.trained {
+		if c.layers[i].slot != noSlot {
+			least = min(least, level)
+		}
+	}
+	return least
+}
+
 // batch is the current step on the device. Rows keep their place from step to step, so that only what
 // changed of their tables is copied.
 type batch struct {
@@ -370,15 +382,9 @@ func (t *batch) put() error {
 		return nil
 	}
 	l, rows := t.cache.lease, t.cache.tracker.Rows()
-	if err := t.fit(); err != nil {
+	if err := errors.Join(t.fit(), t.fitCarry(len(rows))); err != nil {
 		return err
 	}
-	if l.method.selects == kernels.SelectCarried {
-		if err := t.carry.reserve(t.carryLayout(&kernels.Layer{})); err != nil {
-			return err
-		}
-	}
-
 	ids := t.cache.spec.PageSize%kv.ChunkTokens != 0
 	var space carver
 	columns := space.take(3 * len(rows) * 4)
@@ -460,14 +466,21 @@ func (t *batch) fill(d *kernels.Layer) {
 	d.Batch = int32(n)
 	d.TableStride, d.ChunkStride = int32(t.stride), int32(t.chunkStride)
 	if t.carry.size > 0 {
-		t.carryLayout(d)
+		t.carryLayout(d, n)
 	}
 }
 
+// fitCarry makes room for what layers of a batch of so many rows leave to later ones, if the method has them.
+func (t *batch) fitCarry(rows int) error {
+	if t.cache.lease.method.selects != kernels.SelectCarried {
+		return nil
+	}
+	return t.carry.reserve(t.carryLayout(&kernels.Layer{}, rows))
+}
+
 // carryLayout puts the addresses of what layers leave to later ones into d, and returns its size.
-func (t *batch) carryLayout(d *kernels.Layer) int {
-	l := t.cache.lease
-	lists := len(t.cache.tracker.Rows()) * l.geometry.QueryHeads / l.asking()
+func (t *batch) carryLayout(d *kernels.Layer, rows int) int {
+	lists := rows * t.cache.lease.lists()
 	var space carver
 	d.CarryLayers = t.carry.ptr + uint64(space.take(4*lists))
 	d.CarryCounts = t.carry.ptr + uint64(space.take(4*lists))

@@ -33,7 +33,7 @@ type Options struct {
 	// ShadowBytes bounds the shadows of all leases together; half of the GPU's memory.
 	ShadowBytes uint64
 	// FusedFrom is the length in tokens from which a batch runs in the fused kernel, where one serves it;
-	// 2048. Negative: never. That kernel does not estimate mass and coverage.
+	// 512. Negative: never. That kernel does not estimate mass and coverage.
 	FusedFrom int
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
@@ -83,7 +83,7 @@ func New(o Options) (*Device, error) {
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
 	}
-	d.options.FusedFrom = cmp.Or(o.FusedFrom, 2048)
+	d.options.FusedFrom = cmp.Or(o.FusedFrom, 512)
 	l := &d.options.Limits
 	d.options.ShadowBytes = cmp.Or(o.ShadowBytes, uint64(total)/2)
 	l.ShadowBytes = min(cmp.Or(l.ShadowBytes, d.options.ShadowBytes), d.options.ShadowBytes)

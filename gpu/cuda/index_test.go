@@ -41,7 +41,7 @@ func TestRecords(t *testing.T) {
 					Kind: layout.NHD, DType: pick(r, kv.F32, kv.F16, kv.BF16, kv.F8E4M3), Layers: 1, KVHeads: heads,
 					KDim: dim, VDim: 16, Sequences: 1, Tokens: tokens, PageSize: 16,
 				},
-				config: `{"selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"},
+				config: `{"skip_first_two_layers": false, "selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"},
 					"weight_pruner": {"type": "top_p"}}`,
 			}
 			l, err := layout.New(s.layout)

@@ -176,15 +176,16 @@ func (c *cache) prepare(i int) error {
 			continue
 		}
 		a.sparse = true
-		_, chunks := l.method.budget(row, c.budget(b))
+		_, chunks := l.method.budget(row, a.budget(b))
 		a.keepMost = max(a.keepMost, bucket(chunks))
 	}
 	a.copyLists *= g.QueryHeads / l.asking()
 	return nil
 }
 
-func (c *cache) budget(b int) int {
-	if budgets := c.call.req.TokenBudget; len(budgets) > 0 {
+// budget is what sequence b asks for itself, 0 for nothing.
+func (a *layerCall) budget(b int) int {
+	if budgets := a.req.TokenBudget; len(budgets) > 0 {
 		return int(min(budgets[b], math.MaxInt32))
 	}
 	return 0
@@ -345,7 +346,7 @@ func (c *cache) layout() (resultBytes, scratchBytes int) {
 	}
 	if c.attends() {
 		// As many blocks as run at once. A row takes fewer if there is not work enough.
-		d.Splits = int32(max(1, l.device.sms*attendBlocks/max(rows, 1)))
+		d.Splits = int32(min(max(1, l.device.sms*attendBlocks/max(rows, 1)), kernels.MaxSplits))
 		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
 	}
 	switch {
@@ -431,7 +432,7 @@ func (c *cache) sendInputs() error {
 			p = float64(a.req.P[b])
 		}
 		binary.NativeEndian.PutUint64(out[at[1]+8*b:], math.Float64bits(p))
-		amount, _ := l.method.budget(&a.rows[b], c.budget(b))
+		amount, _ := l.method.budget(&a.rows[b], a.budget(b))
 		binary.NativeEndian.PutUint32(out[at[2]+4*b:], uint32(amount))
 	}
 	copy(out[at[4]:], bytesOf(a.audited))
@@ -469,7 +470,7 @@ func (c *cache) launch(i int) error {
 		k.check.Set(1, d.Bad)
 		run(k.check, len(a.rows), 1)
 	}
-	if a.training.level > 0 {
+	if a.training.level > 0 && c.layers[i].slot != noSlot {
 		k.train.Set(1, uint64(a.training.row))
 		k.train.Set(2, uint64(a.training.level))
 		run(k.train, int(d.KVHeads), 1)
@@ -614,7 +615,6 @@ func (c *cache) collect(i int) error {
 		return errRetry
 	}
 	total := c.collectRows(a, data)
-	c.collectAudits()
 	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
 	if a.req.Lists && a.req.ListBuffer == nil {
 		return c.fetchLists(min(total, a.copyLists))
@@ -635,7 +635,8 @@ func (a *layerCall) retries(data []byte, heads int) bool {
 // collectRows turns what kernels found out into columns of the answer, and returns how many tokens lists
 // have together.
 func (c *cache) collectRows(a *layerCall, data []byte) (total int) {
-	g, res := &c.lease.geometry, a.res
+	l := c.lease
+	g, res := &l.geometry, a.res
 	asking, perKV := int(a.desc.Asking), g.Group()/int(a.desc.Asking)
 	at := func(column, r int) uint32 { return binary.NativeEndian.Uint32(data[column+4*r:]) }
 	known, covered, unknown := false, false, float32(math.NaN())
@@ -679,9 +680,10 @@ func (c *cache) collectRows(a *layerCall, data []byte) (total int) {
 		}
 		total += int(kept)
 		if path != pipeline.Dense || r%perKV == 0 { // lists of a KV head that are dense are one
-			c.countRead(a, row, path, uint64(candidates), uint64(kept))
+			a.countRead(l, b, path, uint64(candidates), uint64(kept))
 		}
 	}
+	a.collectAudits(l, data)
 	if !known {
 		res.Mass = res.Mass[:0]
 	}
@@ -691,12 +693,13 @@ func (c *cache) collectRows(a *layerCall, data []byte) (total int) {
 	return total
 }
 
-// countRead adds what a list row read, by what the methods' records hold: a selector reads the records of
-// all chunks, an estimator those of its candidates, or their keys if it keeps no records; attention reads keys
-// and values, but no keys whose logits are known.
-func (c *cache) countRead(a *layerCall, row *kv.SeqRow, path pipeline.Path, candidates, kept uint64) {
-	g, read := &c.lease.geometry, &a.res.Read
-	k, v := uint64(g.KDim*c.spec.DType.Size()), uint64(g.VDim*c.spec.DType.Size())
+// countRead adds what a list row of sequence b read, by what the methods' records hold: a selector reads the
+// records of all chunks, or all keys if it ranks by those, an estimator the records of its candidates, or their
+// keys if it keeps none; attention reads keys and values, but no keys whose logits are known.
+func (a *layerCall) countRead(l *lease, b int, path pipeline.Path, candidates, kept uint64) {
+	g, read, row := &l.geometry, &a.res.Read, &a.rows[b]
+	element := kv.DType(a.desc.CacheDType).Size()
+	k, v := uint64(g.KDim*element), uint64(g.VDim*element)
 	if a.req.ListsOnly {
 		v = 0
 	}
@@ -710,7 +713,10 @@ func (c *cache) countRead(a *layerCall, row *kv.SeqRow, path pipeline.Path, cand
 		return
 	case pipeline.Sparse:
 	}
-	selector, estimator := c.lease.method.selectorRecords, c.lease.method.estimatorRecords
+	if a.ranksKeys(l, b, candidates) {
+		read.Cache += uint64(row.Len-row.First) * k
+	}
+	selector, estimator := l.method.selectorRecords, l.method.estimatorRecords
 	if selector != nil {
 		read.Shadow += uint64(selector.HeadBytes(g.KDim) + ceilDiv(row.Len, kv.ChunkTokens)*selector.ChunkBytes(g.KDim))
 	}
@@ -724,11 +730,23 @@ func (c *cache) countRead(a *layerCall, row *kv.SeqRow, path pipeline.Path, cand
 	}
 }
 
+// ranksKeys tells whether a list row of so many candidates was ranked by its keys.
+func (a *layerCall) ranksKeys(l *lease, b int, candidates uint64) bool {
+	d, row := &a.desc, &a.rows[b]
+	amount, _ := l.method.budget(row, a.budget(b))
+	switch tokens := row.Len - row.First; {
+	case amount >= tokens, d.Ranks == kernels.RankChannels && d.Channels == 0:
+		return false
+	case d.Selects == kernels.SelectCarried: // else the list was found by an earlier layer
+		return d.Reselection >= 0 && candidates == uint64(tokens)
+	}
+	return d.Ranks == kernels.RankKeys || d.Ranks == kernels.RankLargest || d.Ranks == kernels.RankChannels
+}
+
 // collectAudits reads what audits found. A row that was dense holds all the attention without error.
-func (c *cache) collectAudits() {
-	l, a := c.lease, &c.call
+func (a *layerCall) collectAudits(l *lease, data []byte) {
 	group := l.geometry.Group()
-	found := l.back.data[a.back.audits:]
+	found := data[a.back.audits:]
 	for i, row := range a.audited {
 		switch a.res.Paths[int(row)*group/l.asking()] {
 		case pipeline.Void:

@@ -115,7 +115,7 @@ extern "C" __global__ void twilight_batch_rows(const __grid_constant__ Batch b)
 	int n = length - first, all = (length + kChunk - 1) / kChunk - first / kChunk, keep = all;
 	if (!b.select_all) {
 		double budget = b.rate > 0 ? ceil(b.rate * n) : b.token_budget;
-		keep = min(max(1, int((budget + kChunk - 1) / kChunk)), all);
+		keep = b.in_tokens ? int(budget) : min(max(1, int((budget + kChunk - 1) / kChunk)), all);
 	}
 	b.own_lengths[row] = none ? 0 : length;
 	b.own_first[row] = none ? 0 : first;

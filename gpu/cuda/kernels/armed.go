@@ -50,11 +50,11 @@ type Batch struct {
 	Trained, BadSlot  uint64
 	Training          uint64
 
-	Rate                                                       float64
-	Rows, Stride, OwnStride, MaxLength, NumSlots               int32
-	PageSize, NumPages, NullPage, Chunks                       int32
-	Layers, Plain, DenseBelow, SelectAll, TokenBudget, Indexes int32
-	Levels                                                     [MaxLevels]int32
+	Rate                                                                 float64
+	Rows, Stride, OwnStride, MaxLength, NumSlots                         int32
+	PageSize, NumPages, NullPage, Chunks                                 int32
+	Layers, Plain, DenseBelow, SelectAll, TokenBudget, Indexes, InTokens int32
+	Levels                                                               [MaxLevels]int32
 }
 
 // Enums of layer.h.

@@ -27,7 +27,7 @@ struct Batch {
 	int32_t *own_lengths, *own_first, *bad; // [rows]
 	int32_t *own_table;                     // [rows][own_stride]
 	int32_t *sparse_paths, *dense_paths;    // [rows], of layers that may run sparsely, and of the others
-	int32_t *budgets;                       // [rows] chunks
+	int32_t *budgets;                       // [rows] Layer's
 
 	// What the shadows of all layers hold, by chunk: tokens indexed | tokens covered << 16; and what this
 	// step adds, of the chunks that are listed: row, chunk, shadow chunk, unused.
@@ -43,6 +43,6 @@ struct Batch {
 	double rate; // share of a row's tokens that become candidates, or 0
 	int32_t rows, stride, own_stride, max_length, num_slots;
 	int32_t page_size, num_pages, null_page, chunks;
-	int32_t layers, plain, dense_below, select_all, token_budget, indexes;
+	int32_t layers, plain, dense_below, select_all, token_budget, indexes, in_tokens;
 	int32_t levels[4]; // at which heads are trained, ascending; 0 behind the last
 };

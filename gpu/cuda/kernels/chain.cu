@@ -11,7 +11,12 @@ extern "C" __global__ void twilight_check(const __grid_constant__ Layer l, int32
 	if (l.carry_counts) // a step begins with nothing left by the last one
 		for (int i = threadIdx.x; i < l.rows / l.batch; i += blockDim.x)
 			l.carry_counts[b * (l.rows / l.batch) + i] = 0;
-	bool bad = length < 1 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
+	if (length == 0) {
+		if (threadIdx.x == 0)
+			found[b] = 0;
+		return;
+	}
+	bool bad = length < 0 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
 		   length > int64_t(l.chunk_stride) * kChunk;
 	int pages = bad ? 0 : (length + l.page_size - 1) / l.page_size;
 	if (!bad) {
@@ -113,7 +118,7 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 	float *q = l.q + int64_t(i) * dims;
 	float factor = l.query_scale * l.softmax_scale;
 	if (path_of(l, b) == kVoid) {
-		if (l.bad[b] && l.paths[b] != kVoid && lane == 0)
+		if (l.bad[b] && lane == 0)
 			atomicOr(&l.flags[b * l.kv_heads + kv_head], kBadRow);
 		return;
 	}
@@ -260,6 +265,8 @@ __device__ __forceinline__ Pick pick(const Layer &l, int row, int budget, int to
 // A block a list row, a thread a channel.
 extern "C" __global__ void twilight_rank_query(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ float sums[kMaxDim], sizes[kMaxDim];
 	int row = blockIdx.x, d = threadIdx.x;
 	RowIndex r = row_index(l, row);
@@ -315,6 +322,8 @@ __device__ __forceinline__ void put_score(const Layer &l, int row, int from, int
 template <int T>
 __device__ void rank_keys(const Layer &l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	int from = l.first[r.sequence], length = l.lengths[r.sequence];
@@ -372,6 +381,8 @@ __device__ __forceinline__ float code_dot(const float *query, const uint8_t *cod
 // Scores of tokens by their labels: a thread a token.
 extern "C" __global__ void twilight_rank_labels(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ float label[kMaxDim];
 	__shared__ double scan[32];
 	int row = blockIdx.y, tid = threadIdx.x;
@@ -613,6 +624,8 @@ extern "C" __global__ void twilight_estimate(const __grid_constant__ Layer l)
 // Estimates from codes of other widths: a warp a chunk at a time, two lanes a token.
 extern "C" __global__ void twilight_estimate_codes(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31, t = lane / 2, half = lane % 2;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -1208,6 +1221,8 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 template <int T>
 __device__ void audit(const Layer &l)
 {
+	if (idle(l))
+		return;
 	using E = typename Element<T>::Type;
 	__shared__ float q[kMaxDim], out[8][kMaxDim], tops[32];
 	__shared__ double scan[32];

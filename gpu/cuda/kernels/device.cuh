@@ -220,7 +220,7 @@ __device__ V block_scan(V v, V *shared, V &total)
 	return before + inclusive - v;
 }
 
-__device__ __forceinline__ int path_of(const Layer &l, int b) { return l.bad[b] ? kVoid : l.paths[b]; }
+__device__ __forceinline__ int path_of(const Layer &l, int b) { return l.bad[b] || l.lengths[b] == 0 ? kVoid : l.paths[b]; }
 
 // Leaves an armed layer to the host, which looks at it once the layer's kernels are over.
 __device__ __forceinline__ void park(const Layer &l)

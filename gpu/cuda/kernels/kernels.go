@@ -156,6 +156,9 @@ func (k *Kernels) loadTensor(device cu.Device) error {
 	return nil
 }
 
+// MaxSplits is how many parts a row's attention can have: as many as combine in dense.cu has room for.
+const MaxSplits = 256
+
 // DenseShared is the dynamic shared memory of an attention kernel on the tensor cores.
 func (t *Tensor) DenseShared(asking int) int { return t.Threads / 32 * asking * (t.Dim + 2) * 4 }
 

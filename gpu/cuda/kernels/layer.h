@@ -39,7 +39,7 @@ struct Layer {
 	const int32_t *lengths, *first; // [B]
 	const int32_t *table, *vtable;  // [B][table_stride] page ids
 	const int32_t *chunk_ids;       // [B][chunk_stride] shadow chunks; null: they follow from the page
-	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range, or no tokens
+	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range
 	const int32_t *paths;           // [B] Path
 	const double *p;                // [B] share to keep in place of thresholds; 0: none
 	const double *thresholds;       // [Hq] the pruner's
