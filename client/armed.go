@@ -35,6 +35,15 @@ type Arming struct {
 	Device *DeviceBatch
 	// Results asks for the layers' results, which Armed.Results returns.
 	Results bool
+
+	// Words, if not nil, is where the layers meet the daemon, in place of words that the SDK makes: for an
+	// engine whose stream rings and waits. It is a buffer of the engine's GPU, ReadWrite, of WordBytes at
+	// least, for all armed steps of the cache and nothing else. Steps then run by Layer.ReadyOn and WaitOn, or
+	// by replays of a graph that does the same (Begun), and end with Finish.
+	Words *Buffer
+	// Release is a stream with nothing else to do. By it the SDK lets the engine's stream get through a
+	// step that failed. It goes with Words.
+	Release Releaser
 }
 
 // DeviceBatch is a batch in a buffer, for an engine that knows it only when the step begins: rows without
@@ -76,8 +85,9 @@ type ArmedLayer struct {
 // Armed is a step that is armed: its layers meet the daemon at words in shared memory, without messages.
 // One goroutine at a time runs it; Cancel and Results may be called by any.
 //
-// This is the way of an engine on a CPU. An engine on a GPU, whose stream rings and waits, captures that
-// in its graph once: proto/twilight/v1/ARMED.md tells what to capture, and what its host does.
+// An engine on a CPU runs it by Layer.Ready and Wait. One on a GPU, whose stream rings and waits, sets
+// Arming.Words: Layer.ReadyOn and WaitOn give that to a stream, and Finish tells whether the step may be used.
+// proto/twilight/v1/ARMED.md tells what a graph captures in their place.
 type Armed struct {
 	cache   *Cache
 	lease   *lease
@@ -91,6 +101,15 @@ type Armed struct {
 	failure atomic.Pointer[Error] // why the step must not be used
 	waiting atomic.Pointer[armed.Word]
 	stopped func() bool // is there a failure
+
+	// Of a step that a stream runs.
+	release     Releaser // nil: of another
+	given       atomic.Bool
+	overdue     *time.Timer
+	finished    chan struct{} // closed by Finish
+	released    chan struct{} // closed when no word is released any more
+	finishOnce  sync.Once
+	releaseOnce sync.Once
 
 	done    chan struct{} // closed once the daemon has let go of the step
 	results []*LayerResult
@@ -112,6 +131,7 @@ type armedSteps struct {
 // arming is what a cache keeps from step to step. Whoever steps the cache has it.
 type arming struct {
 	buffer  *Buffer // of the words
+	lent    *Buffer // in its place, the engine's
 	known   bool    // the daemon knows layers
 	layers  []ArmedLayer
 	message twilightv1.Armed
@@ -129,8 +149,9 @@ func (w words) status() *armed.Word     { return w.at(0) }
 func (w words) ready(i int) *armed.Word { return w.at(1 + i) }
 func (w words) rung(i int) *armed.Word  { return w.at(1 + w.layers + i) }
 func (w words) step() *armed.Word       { return w.at(1 + 2*w.layers) }
+func (w words) offset(i int) int        { return i * armed.WordBytes }
 func (w words) location(i int) *Location {
-	return &Location{Buffer: w.buffer, Offset: i * armed.WordBytes}
+	return &Location{Buffer: w.buffer, Offset: w.offset(i)}
 }
 
 // Arm declares a batch and arms its layers. It can be called while another armed step of the cache runs,
@@ -139,6 +160,9 @@ func (w words) location(i int) *Location {
 func (c *Cache) Arm(ctx context.Context, b Batch, how Arming) (*Armed, error) {
 	if err := how.check(); err != nil {
 		return nil, err
+	}
+	if d := c.session.Device(); d.GetBackend() == "cuda" && how.Words == nil {
+		return nil, errorf(ErrUnsupported, "step.armed", "device %s is a GPU, whose rings wake no CPU: set Arming.Words and Release", d.GetId())
 	}
 	select {
 	case c.stepping <- struct{}{}:
@@ -164,6 +188,12 @@ func (how *Arming) check() error {
 	if len(how.Layers) == 0 {
 		return errorf(ErrInvalid, "step.armed.layers", "is empty; name the layers that the step runs")
 	}
+	if (how.Words == nil) != (how.Release == nil) {
+		return errorf(ErrInvalid, "", "Arming.Words and Arming.Release go together: set both or none")
+	}
+	if need := WordBytes(len(how.Layers)); how.Words != nil && how.Words.Size() < need {
+		return errorf(ErrInvalid, "", "Arming.Words has %d bytes, %d layers need %d", how.Words.Size(), len(how.Layers), need)
+	}
 	return nil
 }
 
@@ -172,7 +202,7 @@ func (c *Cache) startArmed(ctx context.Context, b *Batch, how *Arming) (*call, *
 	if err := c.roomToArm(ctx); err != nil {
 		return nil, nil, err
 	}
-	w, err := c.arming.words(ctx, c.session, len(how.Layers))
+	w, err := c.arming.words(ctx, c.session, how)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -182,7 +212,10 @@ func (c *Cache) startArmed(ctx context.Context, b *Batch, how *Arming) (*call, *
 	}
 	timeout := cmp.Or(how.WaitTimeout, defaultWaitTimeout)
 	m.Armed, m.Device = c.arming.set(how, w, timeout), how.Device.proto()
-	a := &Armed{cache: c, lease: l, id: m.GetStepId(), words: w, timeout: timeout, done: make(chan struct{})}
+	a := &Armed{
+		cache: c, lease: l, id: m.GetStepId(), words: w, timeout: timeout, done: make(chan struct{}),
+		release: how.Release, finished: make(chan struct{}), released: make(chan struct{}),
+	}
 	a.stopped = func() bool { return a.failure.Load() != nil }
 	if err := l.expect(a); err != nil {
 		return nil, nil, err
@@ -221,8 +254,15 @@ func (c *Cache) roomToArm(ctx context.Context) error {
 }
 
 // words are those of a cache, made when first needed and when more are.
-func (x *arming) words(ctx context.Context, s *Session, layers int) (words, error) {
-	size := (2 + 2*layers) * armed.WordBytes
+func (x *arming) words(ctx context.Context, s *Session, how *Arming) (words, error) {
+	layers := len(how.Layers)
+	if how.Words != nil {
+		x.known = x.known && x.lent == how.Words
+		x.lent = how.Words
+		return words{how.Words, layers}, nil
+	}
+	x.known, x.lent = x.known && x.lent == nil, nil
+	size := WordBytes(layers)
 	if x.buffer == nil || x.buffer.Size() < size {
 		if err := x.close(ctx); err != nil {
 			return words{}, err
@@ -400,6 +440,7 @@ func (a *Armed) fail(err error, tell bool) {
 		if w := s.waiting.Load(); w != nil {
 			w.Stop()
 		}
+		s.startRelease()
 		if tell {
 			go s.lease.post(cancelRequest(s.cache.id, s.id)) // ends with the lease at the latest
 		}
@@ -516,6 +557,12 @@ func (a *Armed) wait(ctx context.Context, word *armed.Word) bool {
 
 // reason is why the daemon failed the step: its message follows the status word.
 func (a *Armed) reason(ctx context.Context) error {
+	a.awaitReason(ctx)
+	a.fail(&Error{Code: Code(a.words.status().Load()), Message: "the step failed"}, true)
+	return a.failure.Load()
+}
+
+func (a *Armed) awaitReason(ctx context.Context) {
 	grace := time.NewTimer(reasonGrace)
 	defer grace.Stop()
 	select {
@@ -523,6 +570,4 @@ func (a *Armed) reason(ctx context.Context) error {
 	case <-grace.C:
 	case <-ctx.Done():
 	}
-	a.fail(&Error{Code: Code(a.words.status().Load()), Message: "the step failed"}, true)
-	return a.failure.Load()
 }

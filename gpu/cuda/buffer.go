@@ -40,7 +40,7 @@ func (b *buffer) free() error {
 	if ptr == 0 {
 		return nil
 	}
-	return drv.Wrap("cuMemFree", cu.MemFree(cu.DevicePtr(ptr)))
+	return limbo.free(func() error { return drv.Wrap("cuMemFree", cu.MemFree(cu.DevicePtr(ptr))) })
 }
 
 // staging is page-locked memory of the host, through which all copies go.
@@ -66,7 +66,7 @@ func (s *staging) free() error {
 	if data == nil {
 		return nil
 	}
-	return drv.HostFree(data)
+	return limbo.free(func() error { return drv.HostFree(data) })
 }
 
 func upload(to drv.Ptr, from []byte, stream cu.Stream) error {
@@ -90,6 +90,11 @@ func zero(at drv.Ptr, size int, stream cu.Stream) error {
 		return nil
 	}
 	return drv.Wrap("cuMemsetD8Async", cu.MemsetD8Async(cu.DevicePtr(at), 0, int64(size), stream))
+}
+
+// uint32s views words of a page-locked memory.
+func uint32s(b []byte) []uint32 {
+	return unsafe.Slice((*uint32)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/4)
 }
 
 // bytesOf is the memory of a slice of plain values.

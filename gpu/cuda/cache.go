@@ -5,6 +5,7 @@ package cuda
 import (
 	"context"
 	"errors"
+	"math"
 	"math/bits"
 	"slices"
 	"time"
@@ -36,6 +37,9 @@ type cache struct {
 	work    []kv.ChunkWork
 	batch   batch
 	call    layerCall
+
+	armed   *armer
+	closing bool // arms nothing more
 }
 
 var _ gpu.Cache = (*cache)(nil)
@@ -51,6 +55,7 @@ func (l *lease) newCache(ctx context.Context, p *plan) (*cache, error) {
 	}
 	c.spec.Layers = nil
 	c.batch.cache = c
+	c.armed = newArmer(c)
 	for i := range c.layers {
 		c.byModel[c.layers[i].model] = i
 	}
@@ -133,9 +138,23 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
+	return c.declare(step)
+}
+
+// declare makes a step the current one.
+func (c *cache) declare(step *kv.Step) error {
+	if c.armed.forgetting {
+		for i := range c.layers {
+			c.tracker.Invalidate(i)
+		}
+	}
 	if err := c.tracker.Step(step); err != nil {
 		return err
 	}
+	c.armed.forgetting, c.armed.shadow.known = false, false
 	c.stepped = true
 	c.batch.note(step)
 	if c.lease.method.config.DenseBelow == pipeline.ByCost {
@@ -145,7 +164,7 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 }
 
 func (c *cache) usable(ctx context.Context) error {
-	if c.closed {
+	if c.closed || c.closing {
 		return errClosed
 	}
 	return ctx.Err()
@@ -158,6 +177,9 @@ func (c *cache) Index(ctx context.Context) (kv.IndexStats, error) {
 	defer c.lease.mu.Unlock()
 	var stats kv.IndexStats
 	if err := c.usable(ctx); err != nil {
+		return stats, err
+	}
+	if err := c.armed.idle(); err != nil {
 		return stats, err
 	}
 	if !c.stepped {
@@ -190,6 +212,9 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	if !ok {
 		return fault.Newf(fault.NotFound, "layer", "the cache has no layer %d: name one of its own", req.Layer)
 	}
+	if err := c.armed.idle(); err != nil {
+		return err
+	}
 	if !c.stepped {
 		return errNoStep
 	}
@@ -204,15 +229,8 @@ func (c *cache) Layer(ctx context.Context, req *gpu.LayerRequest, res *gpu.Layer
 	return nil
 }
 
-// Arm implements gpu.Cache. Info declares no armed steps.
-func (c *cache) Arm(context.Context, *gpu.ArmedStep) error {
-	return fault.Newf(fault.Unsupported, "armed", "device %s arms no steps: run layers one by one", c.lease.device.uuid)
-}
-
-// CancelArmed implements gpu.Cache.
-func (c *cache) CancelArmed(uint32) {}
-
 func (c *cache) Close() error {
+	c.armed.close()
 	c.lease.mu.Lock()
 	defer c.lease.mu.Unlock()
 	return c.close()
@@ -225,7 +243,9 @@ func (c *cache) close() error {
 	}
 	c.closed = true
 	delete(c.lease.caches, c)
-	err := c.lease.device.owner.do(context.Background(), c.release)
+	err := c.lease.device.owner.do(context.Background(), func() error {
+		return errors.Join(c.armed.release(), c.release())
+	})
 	c.lease.device.give(c.lease, c.charged)
 	return explain(err)
 }
@@ -257,23 +277,34 @@ func (c *cache) pending(i int) (t training) {
 	return t
 }
 
+// leastTrained is the level at which all layers are trained that are not skipped.
+func (c *cache) leastTrained() int {
+	least := math.MaxInt32
+	for i, level := range c.trained {
+		if c.layers[i].slot != noSlot {
+			least = min(least, level)
+		}
+	}
+	return least
+}
+
 // batch is the current step on the device. Rows keep their place from step to step, so that only what
 // changed of their tables is copied.
 type batch struct {
 	cache *cache
 
-	columns       buffer // lengths, first, bad: [3][B]
-	tables        buffer // [rows][stride], and V's behind it if they differ
-	chunkIDs      buffer // [rows][chunkStride], where they do not follow from pages
-	carry         buffer // what layers leave to later ones, where the method wants that
-	rows, stride  int    // of tables
-	chunkStride   int
-	valuesDiffer  bool
-	current       bool     // the device has all of it
-	checked       bool     // and has checked it
-	placed        []placed // by row
-	longest, most int      // tokens, pages
-	crossover     int      // valid tokens from which rows are to be sparse, where costs decide
+	columns      buffer // lengths, first, bad: [3][B]
+	tables       buffer // [rows][stride], and V's behind it if they differ
+	chunkIDs     buffer // [rows][chunkStride], where they do not follow from pages
+	carry        buffer // what layers leave to later ones, where the method wants that
+	rows, stride int    // of tables
+	chunkStride  int
+	valuesDiffer bool
+	current      bool     // the device has all of it
+	checked      bool     // and has checked it
+	placed       []placed // by row
+	longest      int      // tokens
+	crossover    int      // valid tokens from which rows are to be sparse, where costs decide
 }
 
 // placed says what a row of tables holds: the first n entries of a sequence's table.
@@ -304,41 +335,56 @@ func (t *batch) note(s *kv.Step) {
 	t.current, t.checked = false, false
 }
 
+// fit sees that there is room for the current step, on the owner's thread.
+func (t *batch) fit() error {
+	rows := t.cache.tracker.Rows()
+	differ, most := false, 1
+	t.longest = 1
+	for _, row := range rows {
+		t.longest = max(t.longest, row.Len)
+		most = max(most, len(row.Table))
+		differ = differ || unsafe.SliceData(row.Table) != unsafe.SliceData(row.VTable)
+	}
+	t.chunkStride = bucket(ceilDiv(t.longest, kv.ChunkTokens))
+	return t.grow(len(rows), most, differ)
+}
+
+// grow makes room for so many rows of so many pages each.
+func (t *batch) grow(rows, pages int, differ bool) error {
+	if pages <= t.stride && rows <= t.rows && (t.valuesDiffer || !differ) {
+		return nil
+	}
+	t.rows, t.stride = max(t.rows, ceilPower(rows)), max(t.stride, ceilPower(pages))
+	t.valuesDiffer = t.valuesDiffer || differ
+	size := t.rows * t.stride * 4
+	if t.valuesDiffer {
+		size *= 2
+	}
+	t.misplace()
+	if err := t.tables.reserve(size); err != nil {
+		t.rows, t.stride = 0, 0
+		return err
+	}
+	return nil
+}
+
+// misplace says that tables hold nothing of the rows'.
+func (t *batch) misplace() {
+	t.current, t.checked = false, false
+	for b := range t.placed {
+		t.placed[b].n = 0
+	}
+}
+
 // put brings the device up to date, on the owner's thread.
 func (t *batch) put() error {
 	if t.current {
 		return nil
 	}
 	l, rows := t.cache.lease, t.cache.tracker.Rows()
-	differ := false
-	t.longest, t.most = 1, 1
-	for _, row := range rows {
-		t.longest = max(t.longest, row.Len)
-		t.most = max(t.most, len(row.Table))
-		differ = differ || unsafe.SliceData(row.Table) != unsafe.SliceData(row.VTable)
+	if err := errors.Join(t.fit(), t.fitCarry(len(rows))); err != nil {
+		return err
 	}
-	if t.most > t.stride || len(rows) > t.rows || differ && !t.valuesDiffer {
-		t.rows, t.stride = max(t.rows, ceilPower(len(rows))), max(t.stride, ceilPower(t.most))
-		t.valuesDiffer = t.valuesDiffer || differ
-		size := t.rows * t.stride * 4
-		if t.valuesDiffer {
-			size *= 2
-		}
-		if err := t.tables.reserve(size); err != nil {
-			t.rows, t.stride = 0, 0
-			return err
-		}
-		for b := range t.placed {
-			t.placed[b].n = 0
-		}
-	}
-	t.chunkStride = (t.longest + kv.ChunkTokens - 1) / kv.ChunkTokens
-	if l.method.selects == kernels.SelectCarried {
-		if err := t.carry.reserve(t.carryLayout(&kernels.Layer{})); err != nil {
-			return err
-		}
-	}
-
 	ids := t.cache.spec.PageSize%kv.ChunkTokens != 0
 	var space carver
 	columns := space.take(3 * len(rows) * 4)
@@ -420,14 +466,21 @@ func (t *batch) fill(d *kernels.Layer) {
 	d.Batch = int32(n)
 	d.TableStride, d.ChunkStride = int32(t.stride), int32(t.chunkStride)
 	if t.carry.size > 0 {
-		t.carryLayout(d)
+		t.carryLayout(d, n)
 	}
 }
 
+// fitCarry makes room for what layers of a batch of so many rows leave to later ones, if the method has them.
+func (t *batch) fitCarry(rows int) error {
+	if t.cache.lease.method.selects != kernels.SelectCarried {
+		return nil
+	}
+	return t.carry.reserve(t.carryLayout(&kernels.Layer{}, rows))
+}
+
 // carryLayout puts the addresses of what layers leave to later ones into d, and returns its size.
-func (t *batch) carryLayout(d *kernels.Layer) int {
-	l := t.cache.lease
-	lists := len(t.cache.tracker.Rows()) * l.geometry.QueryHeads / l.asking()
+func (t *batch) carryLayout(d *kernels.Layer, rows int) int {
+	lists := rows * t.cache.lease.lists()
 	var space carver
 	d.CarryLayers = t.carry.ptr + uint64(space.take(4*lists))
 	d.CarryCounts = t.carry.ptr + uint64(space.take(4*lists))
@@ -438,6 +491,12 @@ func (t *batch) carryLayout(d *kernels.Layer) int {
 
 func (t *batch) free() error {
 	return errors.Join(t.columns.free(), t.tables.free(), t.chunkIDs.free(), t.carry.free())
+}
+
+// bucket rounds a size up, by an eighth at most, so that what depends on it holds for many steps.
+func bucket(n int) int {
+	step := max(1, ceilPower(n)/16)
+	return ceilDiv(n, step) * step
 }
 
 func ceilPower(n int) int { return 1 << bits.Len(uint(max(n, 1)-1)) }

@@ -14,44 +14,46 @@ import (
 // bandwidth.
 type cost struct{ fixed, share float64 }
 
-// The ways, as an H100 runs them; what other devices take for a byte scales with their bandwidth. dense and
-// fused are the kernels on the tensor cores.
+// The ways, as an H100 runs them; what other devices take for a byte goes by their bandwidth. dense and fused
+// are the kernels on the tensor cores, clustered the fused one for few rows, plain is dense attention by the
+// chain.
 var (
-	denseCost  = cost{5, .92}
-	plainCost  = cost{15, .5} // dense rows by the chain
-	fusedCost  = cost{31, .72}
-	chainCost  = cost{70, .3}
-	keptByTopP = .012 // of all tokens, what top-p leaves a head, about
+	denseCost     = cost{13, .95}
+	plainCost     = cost{20, .5}
+	fusedCost     = cost{24, .8}
+	clusteredCost = cost{33, .8}
+	chainCost     = cost{100, .2}
 )
+
+// keptByTopP is the share of all tokens that top-p leaves a head, about.
+const keptByTopP = .012
 
 func (c cost) micros(bytes, bandwidth float64) float64 {
 	return c.fixed + bytes/(c.share*bandwidth)*1e6
 }
 
-// crossover returns the number of valid tokens from which the current step's rows are to run sparsely: those
+// crossoverOf returns the number of valid tokens from which rows of so many each are to run sparsely: those
 // below are as fast by dense attention, all things taken together.
-func (c *cache) crossover() int {
+func (c *cache) crossoverOf(lengths []int) int {
 	l, bandwidth := c.lease, c.lease.device.bandwidth
-	lengths := make([]int, 0, len(c.tracker.Rows()))
-	for _, row := range c.tracker.Rows() {
-		if row.Len > 0 {
-			lengths = append(lengths, row.Len-row.First)
-		}
-	}
 	slices.Sort(lengths)
 	dense, sparse := plainCost, chainCost
 	if _, ok := l.dense[c.spec.DType]; ok {
 		dense = denseCost
 	}
-	if l.fused.serves(c.spec.DType) {
+	rows, from := len(lengths), l.device.options.FusedFrom
+	if rows > 0 && from >= 0 && lengths[rows-1] >= from && l.fused.serves(c.spec.DType) {
 		sparse = fusedCost
+		if 2*rows*l.lists() <= l.device.sms {
+			sparse = clusteredCost
+		}
 	}
 	rest := 0.0 // bytes of the rows that are sparse
 	for _, n := range lengths {
 		rest += c.sparseBytes(n)
 	}
 	below := 0.0 // and of those that are dense
-	from, best := 0, sparse.micros(rest, bandwidth)
+	least, best := 0, sparse.micros(rest, bandwidth)
 	for i, n := range lengths {
 		below += c.denseBytes(n)
 		rest -= c.sparseBytes(n)
@@ -63,10 +65,21 @@ func (c *cache) crossover() int {
 			took += sparse.micros(rest, bandwidth)
 		}
 		if took <= best {
-			from, best = n+1, took
+			least, best = n+1, took
 		}
 	}
-	return from
+	return least
+}
+
+// crossover is that of the current step.
+func (c *cache) crossover() int {
+	lengths := make([]int, 0, len(c.tracker.Rows()))
+	for _, row := range c.tracker.Rows() {
+		if row.Len > 0 {
+			lengths = append(lengths, row.Len-row.First)
+		}
+	}
+	return c.crossoverOf(lengths)
 }
 
 // denseBytes and sparseBytes are what a sequence of n valid tokens has to read, over all of a layer's heads.
@@ -78,7 +91,7 @@ func (c *cache) denseBytes(n int) float64 {
 func (c *cache) sparseBytes(n int) float64 {
 	l := c.lease
 	g, m := &l.geometry, &l.method
-	selector, estimator := m.pipeline.Shadows()
+	selector, estimator := m.selectorRecords, m.estimatorRecords
 	candidates := float64(min(m.tokens(n, 0), n))
 	kept := candidates
 	if m.prunes != kernels.PruneNone {

@@ -33,6 +33,7 @@ cuda-toolchain: ## Make nvcc, headers and a libcuda to link against in CUDA_TOOL
 kernels: cuda-toolchain ## Compile the CUDA kernels to the fatbins that are embedded
 	$(call COMPILE,$(KERNELS)/chain,$(CUDA_ARCHS),$(CUDA_PTX))
 	$(call COMPILE,$(KERNELS)/dense,$(CUDA_ARCHS),$(CUDA_PTX))
+	$(call COMPILE,$(KERNELS)/armed,$(CUDA_ARCHS),$(CUDA_PTX))
 	$(call COMPILE,$(KERNELS)/fused,$(CUDA_CLUSTER_ARCHS),$(CUDA_CLUSTER_PTX))
 	$(call COMPILE,$(LOAD),$(CUDA_ARCHS),$(CUDA_PTX))
 	@$(KERNEL_SUM) >$(KERNELS)/sources.sha256
@@ -45,7 +46,7 @@ check-kernels: ## Fail unless the embedded kernels were made of these sources an
 # One target, of which the compiler's report tells registers and spills.
 .PHONY: try-kernels
 try-kernels: cuda-toolchain ## Compile the CUDA kernels for one architecture, and throw the result away
-	$(CUDA_ENV) for kernel in $(KERNELS)/{chain,dense,fused} $(LOAD); do \
+	$(CUDA_ENV) for kernel in $(KERNELS)/{chain,dense,fused,armed} $(LOAD); do \
 		nvcc $(NVCC_FLAGS) -Xptxas -warn-spills $(call GENCODE,90a,) -o /dev/null $$kernel.cu; \
 	done
 

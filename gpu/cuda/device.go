@@ -33,12 +33,12 @@ type Options struct {
 	// ShadowBytes bounds the shadows of all leases together; half of the GPU's memory.
 	ShadowBytes uint64
 	// FusedFrom is the length in tokens from which a batch runs in the fused kernel, where one serves it;
-	// 2048. Negative: never. That kernel does not estimate mass and coverage.
+	// 512. Negative: never. That kernel does not estimate mass and coverage.
 	FusedFrom int
 	// Limits bound each lease; 4096 rows, 2^20 tokens of a sequence, all of ShadowBytes.
 	Limits gpu.Limits
-	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context: only
-	// a new process can go on. It must not block.
+	// Lost, if not nil, is called with what engines are told, once, when an error has ended the context or
+	// work can neither end nor be ended: only a new process can go on. It must not block.
 	Lost func(error)
 }
 
@@ -52,6 +52,7 @@ type Device struct {
 	// bandwidth of the memory, in bytes a second: what reading reaches.
 	bandwidth float64
 	owner     *owner
+	streams   streams
 	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
@@ -82,7 +83,7 @@ func New(o Options) (*Device, error) {
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
 	}
-	d.options.FusedFrom = cmp.Or(o.FusedFrom, 2048)
+	d.options.FusedFrom = cmp.Or(o.FusedFrom, 512)
 	l := &d.options.Limits
 	d.options.ShadowBytes = cmp.Or(o.ShadowBytes, uint64(total)/2)
 	l.ShadowBytes = min(cmp.Or(l.ShadowBytes, d.options.ShadowBytes), d.options.ShadowBytes)
@@ -92,8 +93,10 @@ func New(o Options) (*Device, error) {
 		return nil, explain(err)
 	}
 	err = d.owner.do(context.Background(), func() (err error) {
-		d.kernels, err = kernels.Load(device)
-		return err
+		if d.kernels, err = kernels.Load(device); err != nil {
+			return err
+		}
+		return d.streams.make()
 	})
 	if err != nil {
 		d.owner.close()
@@ -136,7 +139,9 @@ func (d *Device) Info() gpu.Info {
 		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
-		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
+		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric, gpu.SharedMemory},
+		ArmedSteps:       true,
+		DeviceBatch:      true,
 	}
 }
 
@@ -227,6 +232,7 @@ func (d *Device) Close() error {
 	for _, l := range leases {
 		errs = append(errs, l.Close())
 	}
+	errs = append(errs, d.owner.do(context.Background(), d.streams.destroy))
 	d.owner.close()
 	return errors.Join(errs...)
 }

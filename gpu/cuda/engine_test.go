@@ -3,6 +3,7 @@
 package cuda
 
 import (
+	"encoding/binary"
 	"encoding/gob"
 	"errors"
 	"fmt"
@@ -10,8 +11,10 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -25,6 +28,13 @@ import (
 const engineEnv = "TWILIGHT_TEST_ENGINE"
 
 func TestMain(m *testing.M) {
+	// As a worker's supervisor does. The driver has looked at it before this is run.
+	const connections = "CUDA_DEVICE_MAX_CONNECTIONS"
+	if os.Getenv(connections) == "" {
+		err := unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), connections+"=32"))
+		fmt.Fprintln(os.Stderr, "exec:", err)
+		os.Exit(1)
+	}
 	if os.Getenv(engineEnv) != "" {
 		if err := serveEngine(); err != nil {
 			fmt.Fprintln(os.Stderr, "engine:", err)
@@ -42,12 +52,16 @@ type engineRequest struct {
 	Size   int
 	Offset int // of bytes in memory; of memory in its allocation
 	Data   []byte
+	Replay replayRequest
 }
 
 type engineReply struct {
+	Status uint32
+	Took   time.Duration
 	Err    string
 	ID     int
 	Handle []byte
+	Device string
 	Offset uint64
 	Chunks []uint64 // sizes; their descriptors follow on the other socket
 	Data   []byte
@@ -103,12 +117,14 @@ func serveCall(device *engine.GPU, all map[int]*engine.Memory, next int, req *en
 	case "read":
 		reply.Data = make([]byte, req.Size)
 		return reply, nil, m.Read(req.Offset, reply.Data)
+	case "fill", "replay":
+		return serveReplay(device, all, req)
 	case "export":
 		region, err := m.Export(0, m.Size(), true)
 		if err != nil {
 			return reply, nil, err
 		}
-		reply.Offset = region.Offset
+		reply.Offset, reply.Device = region.Offset, region.Device
 		for _, chunk := range region.Chunks {
 			if chunk.FD < 0 {
 				reply.Handle = chunk.Handle
@@ -124,13 +140,17 @@ func serveCall(device *engine.GPU, all map[int]*engine.Memory, next int, req *en
 
 // engineProcess is the test's end of the engine.
 type engineProcess struct {
+	cmd *exec.Cmd
 	mu  sync.Mutex
 	enc *gob.Encoder
 	dec *gob.Decoder
 	fds *net.UnixConn
 }
 
-var startEngine = sync.OnceValues(func() (*engineProcess, error) {
+// startEngine starts the engine that tests share.
+var startEngine = sync.OnceValues(spawnEngine)
+
+func spawnEngine() (*engineProcess, error) {
 	calls, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
@@ -155,8 +175,8 @@ var startEngine = sync.OnceValues(func() (*engineProcess, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &engineProcess{enc: gob.NewEncoder(ours), dec: gob.NewDecoder(ours), fds: conn.(*net.UnixConn)}, nil
-})
+	return &engineProcess{cmd: cmd, enc: gob.NewEncoder(ours), dec: gob.NewDecoder(ours), fds: conn.(*net.UnixConn)}, nil
+}
 
 func (e *engineProcess) call(t testing.TB, req *engineRequest) (reply engineReply, fds []int) {
 	t.Helper()
@@ -195,20 +215,25 @@ func (e *engineProcess) call(t testing.TB, req *engineRequest) (reply engineRepl
 // inside its allocation.
 type lender struct {
 	kind     gpu.RegionKind
-	uuid     string
 	headroom int
+	process  *engineProcess // nil: the one that tests share
 }
 
 var _ gputest.Memory = lender{}
 
 func (l lender) Alloc(t testing.TB, size int) gputest.Buffer {
 	t.Helper()
-	process, err := startEngine()
-	if err != nil {
-		t.Fatal(err)
+	process := l.process
+	if process == nil {
+		var err error
+		if process, err = startEngine(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	reply, _ := process.call(t, &engineRequest{Op: "alloc", Kind: l.kind, Size: size, Offset: l.headroom})
-	t.Cleanup(func() { process.call(t, &engineRequest{Op: "free", ID: reply.ID}) })
+	if l.process == nil { // others end with their process
+		t.Cleanup(func() { process.call(t, &engineRequest{Op: "free", ID: reply.ID}) })
+	}
 	return &lent{lender: l, engine: process, id: reply.ID}
 }
 
@@ -221,7 +246,7 @@ type lent struct {
 func (b *lent) Region(t testing.TB, size int, writable bool) *gpu.Region {
 	t.Helper()
 	reply, fds := b.engine.call(t, &engineRequest{Op: "export", ID: b.id})
-	region := &gpu.Region{Kind: b.kind, Size: uint64(size), Writable: writable, Device: b.uuid, Offset: reply.Offset}
+	region := &gpu.Region{Kind: b.kind, Size: uint64(size), Writable: writable, Device: reply.Device, Offset: reply.Offset}
 	if b.kind == gpu.CUDAIPC {
 		region.Chunks = []gpu.Chunk{{FD: -1, Handle: reply.Handle}}
 	}
@@ -249,4 +274,53 @@ func (b *lent) Read(offset int, data []byte) {
 		reply, _ := b.engine.call(panics{}, &engineRequest{Op: "read", ID: b.id, Offset: offset, Size: len(data)})
 		copy(data, reply.Data)
 	}
+}
+
+// The words of an engine on a GPU. That they lie in order is the engine's stream's doing.
+
+func (b *lent) Store(offset int, v uint32) {
+	b.Write(offset, binary.NativeEndian.AppendUint32(nil, v))
+}
+
+func (b *lent) Ring(offset int, v uint32) { b.Store(offset, v) }
+
+func (b *lent) Load(offset int) uint32 {
+	var word [4]byte
+	b.Read(offset, word[:])
+	return binary.NativeEndian.Uint32(word[:])
+}
+
+func (b *lent) Await(offset int, v uint32, timeout time.Duration) bool {
+	return poll(b, offset, v, timeout)
+}
+
+// poll waits for a word of which a GPU's stores wake nobody.
+func poll(b gputest.Ringer, offset int, v uint32, timeout time.Duration) bool {
+	for start := time.Now(); ; runtime.Gosched() {
+		if b.Load(offset) == v {
+			return true
+		}
+		if time.Since(start) > timeout {
+			return false
+		}
+	}
+}
+
+// mapped is shared memory of the host that a GPU sees.
+type mapped struct{ gputest.Memfd }
+
+func (m mapped) Alloc(t testing.TB, size int) gputest.Buffer {
+	t.Helper()
+	return mappedBuffer{m.Memfd.Alloc(t, size).(ringer)}
+}
+
+type ringer interface {
+	gputest.Buffer
+	gputest.Ringer
+}
+
+type mappedBuffer struct{ ringer }
+
+func (b mappedBuffer) Await(offset int, v uint32, timeout time.Duration) bool {
+	return poll(b.ringer, offset, v, timeout)
 }

@@ -41,14 +41,14 @@ func TestRecords(t *testing.T) {
 					Kind: layout.NHD, DType: pick(r, kv.F32, kv.F16, kv.BF16, kv.F8E4M3), Layers: 1, KVHeads: heads,
 					KDim: dim, VDim: 16, Sequences: 1, Tokens: tokens, PageSize: 16,
 				},
-				config: `{"selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"},
+				config: `{"skip_first_two_layers": false, "selector": {"type": "quest"}, "weight_estimator": {"type": "min_max_quant"},
 					"weight_pruner": {"type": "top_p"}}`,
 			}
 			l, err := layout.New(s.layout)
 			if err != nil {
 				t.Fatal(err)
 			}
-			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC, uuid: device.uuid}, &s, l, all)
+			p := newPlayer(t, device, lender{kind: gpu.CUDAIPC}, &s, l, all)
 			keys := make([]float32, heads*tokens*dim)
 			for i := range keys {
 				keys[i] = float32(r.NormFloat64())

@@ -5,6 +5,8 @@ package cuda
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"unsafe"
 
@@ -59,8 +61,8 @@ type launches struct {
 
 // start takes what a lease needs of the driver, on the owner's thread.
 func (l *lease) start() (err error) {
-	if l.stream, err = cu.MakeStream(cu.NonBlocking); err != nil {
-		return drv.Wrap("cuStreamCreate", err)
+	if l.stream, err = l.device.streams.take(); err != nil {
+		return err
 	}
 	for i := range l.events {
 		if l.events[i], err = cu.MakeEvent(cu.DefaultEvent); err != nil {
@@ -120,6 +122,16 @@ func (l *lease) start() (err error) {
 	return nil
 }
 
+// launchOn makes the launches go to a stream.
+func (l *lease) launchOn(stream cu.Stream) {
+	for _, launch := range l.launches.all {
+		launch.On(stream)
+	}
+	for _, v := range l.fused.variants {
+		v.launch.On(stream)
+	}
+}
+
 // asking is how many query heads ask a list row.
 func (l *lease) asking() int {
 	if l.method.perQueryHead {
@@ -156,7 +168,7 @@ func (l *lease) Import(ctx context.Context, region *gpu.Region) (gpu.Memory, err
 func (l *lease) release(m *memory) error {
 	delete(l.memories, m)
 	m.base = 0
-	return explain(l.device.owner.do(context.Background(), m.unmap))
+	return explain(l.device.owner.do(context.Background(), func() error { return limbo.free(m.unmap) }))
 }
 
 // usable tells why the lease cannot be used, if it cannot.
@@ -170,11 +182,21 @@ func (l *lease) usable(ctx context.Context) error {
 // Close implements gpu.Lease.
 func (l *lease) Close() error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.closed {
+		l.mu.Unlock()
 		return nil
 	}
 	l.closed = true
+	caches := slices.Collect(maps.Keys(l.caches))
+	l.mu.Unlock()
+	for _, c := range caches {
+		c.armed.cancelAll(errClosed) // all at once, then one by one
+	}
+	for _, c := range caches {
+		c.armed.close()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	var errs []error
 	for c := range l.caches {
 		errs = append(errs, c.close())
@@ -193,8 +215,8 @@ func (l *lease) Close() error {
 func (l *lease) stop() error {
 	errs := []error{
 		l.out.free(), l.back.free(), l.scratch.free(), l.results.free(), l.inputs.free(), l.sinks.free(),
-		drv.Wrap("cuStreamDestroy", l.stream.Destroy()),
 	}
+	l.device.streams.give(l.stream)
 	for i := range l.events {
 		errs = append(errs, drv.Wrap("cuEventDestroy", cu.DestroyEvent(&l.events[i])))
 	}
@@ -265,6 +287,9 @@ func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, err
 	if err != nil {
 		l.device.give(l, p.shadow)
 		return nil, explain(err)
+	}
+	for other := range l.caches {
+		other.armed.checked = checkedLayers{} // what they write may lie in this one
 	}
 	l.caches[c] = struct{}{}
 	return c, nil

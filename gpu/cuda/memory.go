@@ -14,6 +14,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/internal/shm"
 )
 
 // memory is an imported region. The lease's lock guards it.
@@ -31,8 +32,11 @@ var _ gpu.Memory = (*memory)(nil)
 func mapRegion(device cu.Device, uuid string, region *gpu.Region) (*memory, error) {
 	defer closeAll(region.Chunks)
 	if region.Kind == gpu.SharedMemory {
-		return nil, fault.Newf(fault.Unsupported, "kind",
-			"this device is a GPU and cannot import shared memory: lend GPU memory, or open a lease on the host device")
+		m := &memory{size: region.Size, writable: region.Writable}
+		if err := m.mapShared(region); err != nil {
+			return nil, err
+		}
+		return m, nil
 	}
 	if region.Device != uuid {
 		return nil, fault.Newf(fault.Invalid, "device",
@@ -55,6 +59,20 @@ func mapRegion(device cu.Device, uuid string, region *gpu.Region) (*memory, erro
 		return nil, err
 	}
 	return m, nil
+}
+
+// mapShared lets the GPU see memory of the host: right for words, slow for tensors.
+func (m *memory) mapShared(region *gpu.Region) error {
+	data, err := shm.Map(region)
+	if err != nil {
+		return err
+	}
+	if m.base, err = drv.HostRegister(data, m.writable); err != nil {
+		return errors.Join(fault.Newf(fault.Unsupported, "shared_memory.fd_token",
+			"the driver cannot lock the memory (%v): raise the limit of locked memory, or lend GPU memory", err), unix.Munmap(data))
+	}
+	m.unmap = func() error { return errors.Join(drv.HostUnregister(data), unix.Munmap(data)) }
+	return nil
 }
 
 func (m *memory) openIPC(region *gpu.Region) error {
@@ -251,6 +269,14 @@ func (m *memory) Release() error {
 	for c := range l.caches {
 		if c.liesIn(m) {
 			return fault.Newf(fault.Precondition, "region_id", "a cache lies in the region: release the cache first")
+		}
+		if c.armed.uses(m) {
+			return fault.Newf(fault.Precondition, "region_id", "an armed step uses the region: wait for its end or cancel it")
+		}
+	}
+	for c := range l.caches {
+		if err := c.armed.letGoOf(m); err != nil {
+			return err
 		}
 	}
 	return l.release(m)

@@ -38,6 +38,8 @@ type method struct {
 	selects, ranks, estimates, prunes int32
 	perQueryHead, plain               bool // plain: the config names no method at all
 
+	selectorRecords, estimatorRecords kv.Shadow // nil without
+
 	// The selector's.
 	tokenBudget  int
 	sparsityRate float64
@@ -68,6 +70,7 @@ func newMethod(g *kv.Geometry, cfg *pipeline.Config) (method, error) {
 	}
 	m, err := choose(cfg)
 	m.pipeline = p
+	m.selectorRecords, m.estimatorRecords = p.Shadows()
 	return m, fault.In("config", err)
 }
 

@@ -37,6 +37,7 @@ type layerCall struct {
 	query tensor
 
 	training  training
+	captured  bool // launches become a graph
 	indexed   bool // the shadow is up to date
 	fused     bool // run by the fused kernel
 	plan      fusedPlan
@@ -49,12 +50,15 @@ type layerCall struct {
 	outBytes  int       // of an inline output
 	back      back      // where results lie
 	copyLists int       // tokens of lists asked for inline, at most
+	last      int       // blocks of the layer's last kernels, which count themselves
 	scratch   []*uint64 // addresses of desc that lie in the lease's scratch
 }
 
 // back says where the results of a call lie, from the start of the buffer that is copied back.
 type back struct {
 	badQuery, flags, kept, candidates, mass, coverage, cycles, audits, output, drifted, end int
+
+	tickets, drift int // stay behind
 }
 
 // run runs a layer, on the owner's thread.
@@ -172,15 +176,16 @@ func (c *cache) prepare(i int) error {
 			continue
 		}
 		a.sparse = true
-		_, chunks := l.method.budget(row, c.budget(b))
-		a.keepMost = max(a.keepMost, chunks)
+		_, chunks := l.method.budget(row, a.budget(b))
+		a.keepMost = max(a.keepMost, bucket(chunks))
 	}
 	a.copyLists *= g.QueryHeads / l.asking()
 	return nil
 }
 
-func (c *cache) budget(b int) int {
-	if budgets := c.call.req.TokenBudget; len(budgets) > 0 {
+// budget is what sequence b asks for itself, 0 for nothing.
+func (a *layerCall) budget(b int) int {
+	if budgets := a.req.TokenBudget; len(budgets) > 0 {
 		return int(min(budgets[b], math.MaxInt32))
 	}
 	return 0
@@ -212,36 +217,46 @@ func (c *cache) prepareOutput() error {
 
 // prepareLists finds the buffer that lists go to, if one was given.
 func (c *cache) prepareLists() error {
-	l, a := c.lease, &c.call
-	buffer := a.req.ListBuffer
-	if buffer == nil {
+	a := &c.call
+	if a.req.ListBuffer == nil {
 		return nil
 	}
+	lists, err := c.lease.locateLists(a.req.ListBuffer, int(a.desc.Rows))
+	a.desc.OutLists, a.desc.OutCounts, a.desc.OutCapacity = lists.lists, lists.counts, int32(a.req.ListBuffer.Capacity)
+	return err
+}
+
+// lentLists is where lists go.
+type lentLists struct {
+	lists, counts drv.Ptr
+	extents       [2]extent
+}
+
+// locateLists checks a buffer for the lists of so many rows.
+func (l *lease) locateLists(buffer *gpu.ListBuffer, rows int) (at lentLists, err error) {
 	if err := spec.ListCapacity(buffer); err != nil {
-		return err
+		return at, err
 	}
 	const entry = 4
-	size := uint64(a.desc.Rows) * entry
-	for _, p := range []struct {
+	size := uint64(rows) * entry
+	for i, p := range []struct {
 		at   gpu.Span
 		size uint64
 		name string
-		to   *uint64
+		to   *drv.Ptr
 	}{
-		{buffer.Lists, size * uint64(buffer.Capacity), "list_buffer.lists", &a.desc.OutLists},
-		{buffer.Counts, size, "list_buffer.counts", &a.desc.OutCounts},
+		{buffer.Lists, size * uint64(buffer.Capacity), "list_buffer.lists", &at.lists},
+		{buffer.Counts, size, "list_buffer.counts", &at.counts},
 	} {
-		e, at, err := l.locate(p.at.Memory, p.at.Offset, p.size, entry, p.name)
-		if err != nil {
-			return err
+		e := &at.extents[i]
+		if *e, *p.to, err = l.locate(p.at.Memory, p.at.Offset, p.size, entry, p.name); err != nil {
+			return at, err
 		}
-		if err := l.writable(e); err != nil {
-			return err
+		if err := l.writable(*e); err != nil {
+			return at, err
 		}
-		*p.to = at
 	}
-	a.desc.OutCapacity = int32(buffer.Capacity)
-	return nil
+	return at, nil
 }
 
 // execute copies in, launches, and copies out.
@@ -276,8 +291,25 @@ func (c *cache) tensorCores() bool {
 // attendBlocks is how many blocks of the attention kernels a multiprocessor runs at once.
 const attendBlocks = 4
 
-// reserve lays out the call's memory and sees that there is as much.
+// reserve sees that there is the memory that the call needs.
 func (c *cache) reserve() error {
+	l, a := c.lease, &c.call
+	resultBytes, scratchBytes := c.layout()
+	if a.req.Lists && a.req.ListBuffer == nil && a.req.Query != nil {
+		a.desc.OutLists, a.desc.OutRoom = uint64(scratchBytes), uint64(a.copyLists)
+		a.scratch = append(a.scratch, &a.desc.OutLists)
+		scratchBytes += 4 * a.copyLists
+	}
+	err := errors.Join(l.results.reserve(resultBytes), l.scratch.reserve(scratchBytes), l.back.reserve(resultBytes))
+	if err != nil {
+		return err
+	}
+	a.bind(l.results.ptr, l.scratch.ptr)
+	return zero(l.results.ptr, resultBytes, l.stream)
+}
+
+// layout says where in results and scratch the call has what, and how much it takes of them.
+func (c *cache) layout() (resultBytes, scratchBytes int) {
 	l, a := c.lease, &c.call
 	g, d := &l.geometry, &a.desc
 	batch, rows, asking := int(d.Batch), int(d.Rows), int(d.Asking)
@@ -292,9 +324,9 @@ func (c *cache) reserve() error {
 		drifted: results.take(4),
 	}
 	a.back.end = results.used
-	// What stays behind: drift, work by work, and rows' tickets.
-	results.take(4 * len(c.work))
-	tickets := results.take(4 * rows)
+	// Rows' tickets and, work by work, drift.
+	a.back.tickets = results.take(4 * rows)
+	a.back.drift = results.take(4 * int(d.Works))
 
 	d.FusedOwn, d.FusedCap, d.CandidateStride = int32(a.plan.room), int32(a.plan.capacity), int32(a.keepMost)
 	d.ListsOnly, d.OnlyDense = truth(a.req.ListsOnly), truth(a.fused)
@@ -306,7 +338,6 @@ func (c *cache) reserve() error {
 		a.scratch = append(a.scratch, to)
 	}
 	tokens, chunks := a.keepMost*kv.ChunkTokens, int(d.ChunkStride)
-	inlineLists := a.req.Lists && a.req.ListBuffer == nil
 	if c.asksQueries() {
 		place(&d.Q, queries*g.KDim*4)
 		place(&d.QBounds, queries*g.KDim*8)
@@ -315,7 +346,7 @@ func (c *cache) reserve() error {
 	}
 	if c.attends() {
 		// As many blocks as run at once. A row takes fewer if there is not work enough.
-		d.Splits = int32(max(1, l.device.sms*attendBlocks/max(rows, 1)))
+		d.Splits = int32(min(max(1, l.device.sms*attendBlocks/max(rows, 1)), kernels.MaxSplits))
 		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
 	}
 	switch {
@@ -350,28 +381,24 @@ func (c *cache) reserve() error {
 	if len(a.audited) > 0 {
 		place(&d.AuditLogits, len(a.audited)*g.Group()*int(d.AuditStride)*4)
 	}
-	if inlineLists && a.req.Query != nil {
-		place(&d.OutLists, 4*a.copyLists)
-		d.OutRoom = uint64(a.copyLists)
-	}
-	err := errors.Join(l.results.reserve(results.used), l.scratch.reserve(scratch.used), l.back.reserve(results.used))
-	if err != nil {
-		return err
-	}
+	return results.used, scratch.used
+}
+
+// bind makes what layout placed addresses.
+func (a *layerCall) bind(results, scratch drv.Ptr) {
+	d := &a.desc
 	for _, to := range a.scratch {
-		*to += l.scratch.ptr
+		*to += scratch
 	}
-	at := l.results.ptr
-	d.BadQuery, d.Flags, d.Kept = at+uint64(a.back.badQuery), at+uint64(a.back.flags), at+uint64(a.back.kept)
-	d.CandidateTokens = at + uint64(a.back.candidates)
-	d.Mass, d.Coverage = at+uint64(a.back.mass), at+uint64(a.back.coverage)
-	d.StageCycles, d.AuditResults = at+uint64(a.back.cycles), at+uint64(a.back.audits)
-	d.Drifted = at + uint64(a.back.drifted)
-	d.DriftFlags, d.Tickets = at+uint64(a.back.end), at+uint64(tickets)
+	d.BadQuery, d.Flags, d.Kept = results+uint64(a.back.badQuery), results+uint64(a.back.flags), results+uint64(a.back.kept)
+	d.CandidateTokens = results + uint64(a.back.candidates)
+	d.Mass, d.Coverage = results+uint64(a.back.mass), results+uint64(a.back.coverage)
+	d.StageCycles, d.AuditResults = results+uint64(a.back.cycles), results+uint64(a.back.audits)
+	d.Drifted = results + uint64(a.back.drifted)
+	d.Tickets, d.DriftFlags = results+uint64(a.back.tickets), results+uint64(a.back.drift)
 	if a.outBytes > 0 {
-		d.Output = at + uint64(a.back.output)
+		d.Output = results + uint64(a.back.output)
 	}
-	return zero(at, results.used, l.stream)
 }
 
 // sendInputs copies the description and what hangs on it to the device.
@@ -405,17 +432,22 @@ func (c *cache) sendInputs() error {
 			p = float64(a.req.P[b])
 		}
 		binary.NativeEndian.PutUint64(out[at[1]+8*b:], math.Float64bits(p))
-		amount, _ := l.method.budget(&a.rows[b], c.budget(b))
+		amount, _ := l.method.budget(&a.rows[b], a.budget(b))
 		binary.NativeEndian.PutUint32(out[at[2]+4*b:], uint32(amount))
 	}
 	copy(out[at[4]:], bytesOf(a.audited))
-	works := int32s(out[at[3]:][:16*len(c.work)])
-	for i, w := range c.work {
+	putWorks(out[at[3]:], c.work)
+	*(*kernels.Layer)(l.block.Pointer()) = *d
+	return upload(base, out[:inputs.used], l.stream)
+}
+
+// putWorks writes what is to be indexed.
+func putWorks(out []byte, work []kv.ChunkWork) {
+	works := int32s(out[:16*len(work)])
+	for i, w := range work {
 		works[4*i], works[4*i+1], works[4*i+2] = int32(w.Row), int32(w.Chunk), w.ID
 		works[4*i+3] = int32(uint32(w.Valid) | uint32(w.Fresh)<<16)
 	}
-	*(*kernels.Layer)(l.block.Pointer()) = *d
-	return upload(base, out[:inputs.used], l.stream)
 }
 
 // launch runs the kernels of a layer.
@@ -429,7 +461,7 @@ func (c *cache) launch(i int) error {
 		}
 	}
 	mark := func(stage int) {
-		if err == nil {
+		if err == nil && !a.captured {
 			err = drv.Wrap("cuEventRecord", l.events[stage].Record(l.stream))
 		}
 	}
@@ -438,13 +470,13 @@ func (c *cache) launch(i int) error {
 		k.check.Set(1, d.Bad)
 		run(k.check, len(a.rows), 1)
 	}
-	if a.training.level > 0 {
+	if a.training.level > 0 && c.layers[i].slot != noSlot {
 		k.train.Set(1, uint64(a.training.row))
 		k.train.Set(2, uint64(a.training.level))
 		run(k.train, int(d.KVHeads), 1)
 	}
 	const warps = 4
-	run(k.index, ceilDiv(len(c.work)*int(d.KVHeads), warps), 1)
+	run(k.index, ceilDiv(int(d.Works)*int(d.KVHeads), warps), 1)
 	mark(stageSelect)
 	if err == nil {
 		c.batch.checked = true
@@ -460,10 +492,16 @@ func (c *cache) launch(i int) error {
 	}
 
 	rows := int(d.Rows)
+	last := func(launch drv.Launch, x, y int) {
+		run(launch, x, y)
+		a.last += x * y
+	}
+	a.last = 0
 	if a.fused {
 		if err == nil {
 			err = l.fused.run(a.plan, rows)
 		}
+		a.last += rows * a.plan.cluster
 		mark(stagePrune)
 		mark(stageAttend)
 		if a.wantsLists() {
@@ -479,13 +517,13 @@ func (c *cache) launch(i int) error {
 	switch dense, ok := c.denseLaunch(); {
 	case !c.attends():
 	case ok:
-		run(dense, int(d.Splits), rows)
+		last(dense, int(d.Splits), rows)
 	default:
 		run(k.attend, int(d.Splits), rows)
-		run(k.combine, len(a.rows)*int(d.QueryHeads), 1)
+		last(k.combine, len(a.rows)*int(d.QueryHeads), 1)
 	}
 	if d.OutLists != 0 {
-		run(k.lists, rows, 1)
+		last(k.lists, rows, 1)
 	}
 	mark(stages)
 	run(k.audit, len(a.audited)*l.geometry.Group(), 1)
@@ -555,8 +593,8 @@ func (a *layerCall) wantsLists() bool {
 func (c *cache) collect(i int) error {
 	l, a := c.lease, &c.call
 	data, res := l.back.data, a.res
-	for _, w := range c.work {
-		res.Index.TokensIndexed += uint64(bits.OnesCount16(w.Fresh))
+	for i := range c.work {
+		res.Index.TokensIndexed += tokensOf(&c.work[i])
 	}
 	res.Index.TokensClaimed = c.tracker.Claimed(i)
 	res.Index.ChunksDrifted = uint64(binary.NativeEndian.Uint32(data[a.back.drifted:]))
@@ -573,17 +611,35 @@ func (c *cache) collect(i int) error {
 		return c.badQuery(^bad)
 	}
 
-	g := &l.geometry
-	if a.fused {
-		for i := range len(a.rows) * g.KVHeads {
-			if binary.NativeEndian.Uint32(data[a.back.flags+4*i:])&kernels.FlagRetry != 0 {
-				return errRetry
-			}
+	if a.fused && a.retries(data, l.geometry.KVHeads) {
+		return errRetry
+	}
+	total := c.collectRows(a, data)
+	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
+	if a.req.Lists && a.req.ListBuffer == nil {
+		return c.fetchLists(min(total, a.copyLists))
+	}
+	return nil
+}
+
+// retries tells whether the fused kernel gave up on a row.
+func (a *layerCall) retries(data []byte, heads int) bool {
+	for i := range len(a.rows) * heads {
+		if binary.NativeEndian.Uint32(data[a.back.flags+4*i:])&kernels.FlagRetry != 0 {
+			return true
 		}
 	}
+	return false
+}
+
+// collectRows turns what kernels found out into columns of the answer, and returns how many tokens lists
+// have together.
+func (c *cache) collectRows(a *layerCall, data []byte) (total int) {
+	l := c.lease
+	g, res := &l.geometry, a.res
 	asking, perKV := int(a.desc.Asking), g.Group()/int(a.desc.Asking)
 	at := func(column, r int) uint32 { return binary.NativeEndian.Uint32(data[column+4*r:]) }
-	total, known, covered, unknown := 0, false, false, float32(math.NaN())
+	known, covered, unknown := false, false, float32(math.NaN())
 	for r := range int(a.desc.Rows) {
 		b := r * asking / g.QueryHeads
 		row := &a.rows[b]
@@ -624,61 +680,73 @@ func (c *cache) collect(i int) error {
 		}
 		total += int(kept)
 		if path != pipeline.Dense || r%perKV == 0 { // lists of a KV head that are dense are one
-			c.countRead(row, path, uint64(candidates), uint64(kept))
+			a.countRead(l, b, path, uint64(candidates), uint64(kept))
 		}
 	}
-	c.collectAudits()
+	a.collectAudits(l, data)
 	if !known {
 		res.Mass = res.Mass[:0]
 	}
 	if !covered {
 		res.Coverage = res.Coverage[:0]
 	}
-	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
-	if a.req.Lists && a.req.ListBuffer == nil {
-		return c.fetchLists(min(total, a.copyLists))
-	}
-	return nil
+	return total
 }
 
-// countRead adds what a list row read, by what the methods' records hold: a selector reads the records of
-// all chunks, an estimator those of its candidates, or their keys if it keeps no records; attention reads keys
-// and values, but no keys whose logits are known.
-func (c *cache) countRead(row *kv.SeqRow, path pipeline.Path, candidates, kept uint64) {
-	g, read := &c.lease.geometry, &c.call.res.Read
-	k, v := uint64(g.KDim*c.spec.DType.Size()), uint64(g.VDim*c.spec.DType.Size())
-	if c.call.req.ListsOnly {
+// countRead adds what a list row of sequence b read, by what the methods' records hold: a selector reads the
+// records of all chunks, or all keys if it ranks by those, an estimator the records of its candidates, or their
+// keys if it keeps none; attention reads keys and values, but no keys whose logits are known.
+func (a *layerCall) countRead(l *lease, b int, path pipeline.Path, candidates, kept uint64) {
+	g, read, row := &l.geometry, &a.res.Read, &a.rows[b]
+	element := kv.DType(a.desc.CacheDType).Size()
+	k, v := uint64(g.KDim*element), uint64(g.VDim*element)
+	if a.req.ListsOnly {
 		v = 0
 	}
 	switch path {
 	case pipeline.Void:
 		return
 	case pipeline.Dense:
-		if !c.call.req.ListsOnly {
+		if !a.req.ListsOnly {
 			read.Cache += kept * (k + v)
 		}
 		return
 	case pipeline.Sparse:
 	}
-	selector, estimator := c.lease.method.pipeline.Shadows()
+	if a.ranksKeys(l, b, candidates) {
+		read.Cache += uint64(row.Len-row.First) * k
+	}
+	selector, estimator := l.method.selectorRecords, l.method.estimatorRecords
 	if selector != nil {
-		read.Shadow += uint64(selector.HeadBytes(g.KDim) + len(row.Chunks)*selector.ChunkBytes(g.KDim))
+		read.Shadow += uint64(selector.HeadBytes(g.KDim) + ceilDiv(row.Len, kv.ChunkTokens)*selector.ChunkBytes(g.KDim))
 	}
 	if estimator == nil {
 		read.Cache += candidates*k + kept*v
 		return
 	}
 	read.Shadow += uint64(estimator.HeadBytes(g.KDim)) + candidates*uint64(estimator.ChunkBytes(g.KDim))/kv.ChunkTokens
-	if !c.call.req.ListsOnly {
+	if !a.req.ListsOnly {
 		read.Cache += kept * (k + v)
 	}
 }
 
+// ranksKeys tells whether a list row of so many candidates was ranked by its keys.
+func (a *layerCall) ranksKeys(l *lease, b int, candidates uint64) bool {
+	d, row := &a.desc, &a.rows[b]
+	amount, _ := l.method.budget(row, a.budget(b))
+	switch tokens := row.Len - row.First; {
+	case amount >= tokens, d.Ranks == kernels.RankChannels && d.Channels == 0:
+		return false
+	case d.Selects == kernels.SelectCarried: // else the list was found by an earlier layer
+		return d.Reselection >= 0 && candidates == uint64(tokens)
+	}
+	return d.Ranks == kernels.RankKeys || d.Ranks == kernels.RankLargest || d.Ranks == kernels.RankChannels
+}
+
 // collectAudits reads what audits found. A row that was dense holds all the attention without error.
-func (c *cache) collectAudits() {
-	l, a := c.lease, &c.call
+func (a *layerCall) collectAudits(l *lease, data []byte) {
 	group := l.geometry.Group()
-	found := l.back.data[a.back.audits:]
+	found := data[a.back.audits:]
 	for i, row := range a.audited {
 		switch a.res.Paths[int(row)*group/l.asking()] {
 		case pipeline.Void:

@@ -276,7 +276,6 @@ func testArmed(t *testing.T, s *suite) {
 // is armed before, while or after one runs, and replays that nobody armed come in between.
 func testArmedHistory(t *testing.T, s *suite) {
 	forPageSizes(t, func(t *testing.T, setup setup) {
-		const steps = 400
 		setup.geometry.Layers, setup.models = 4, []int{0, 2, 3, 9}
 		e, plain := s.armedEngine(t, setup), s.engine(t, setup)
 		r := seeded(11, uint64(setup.shape.PageSize))
@@ -332,7 +331,7 @@ func testArmedHistory(t *testing.T, s *suite) {
 		}
 		next := plan()
 		id := e.arm(next.step)
-		for range steps {
+		for range s.historySteps {
 			now, nowID := next, id
 			now.write()
 			early := r.IntN(e.geometry.Layers + 2)

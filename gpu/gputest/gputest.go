@@ -51,6 +51,9 @@ func Extrapolation(tolerance float64) Option {
 	return func(s *suite) { s.extrapolation = tolerance }
 }
 
+// HistorySteps is how many armed steps a random history has, 400 without it.
+func HistorySteps(n int) Option { return func(s *suite) { s.historySteps = n } }
+
 // Run runs the suite. newDevice makes a device that it closes when the test ends. What the device does
 // not declare in its Info is skipped, and nothing else.
 func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, options ...Option) {
@@ -103,7 +106,7 @@ func Run(t *testing.T, newDevice func(t testing.TB) gpu.Device, mem Memory, opti
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			device := newDevice(t)
-			s := &suite{device: device, info: device.Info(), memory: mem}
+			s := &suite{device: device, info: device.Info(), memory: mem, historySteps: 400}
 			for _, o := range options {
 				o(s)
 			}
@@ -119,4 +122,5 @@ type suite struct {
 	memory        Memory
 	slack         float64
 	extrapolation float64
+	historySteps  int
 }

@@ -5,7 +5,6 @@ package engine
 import (
 	"errors"
 	"fmt"
-	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -53,15 +52,12 @@ func Open(uuid string) (*GPU, error) {
 
 // do runs f with the device's context current, which is a matter of threads, and waits for the device.
 func (g *GPU) do(f func() error) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := cu.SetCurrentContext(g.primary); err != nil {
-		return drv.Wrap("cuCtxSetCurrent", err)
-	}
-	if err := f(); err != nil {
-		return err
-	}
-	return drv.Wrap("cuCtxSynchronize", cu.Synchronize())
+	return g.current(func() error {
+		if err := f(); err != nil {
+			return err
+		}
+		return drv.Wrap("cuCtxSynchronize", cu.Synchronize())
+	})
 }
 
 // UUID names the GPU, "GPU-...".
@@ -97,12 +93,14 @@ type Memory struct {
 	size     int
 	headroom int
 	chunks   []drv.Physical
-	each     int // bytes of a chunk
+	each     int    // bytes of a chunk
+	fd       int    // of shared memory
+	shared   []byte // its mapping
 }
 
-// Alloc takes size bytes, zeroed: one allocation that can be lent by CUDA IPC, or chunks of the virtual
-// memory management (gpu.CUDAVMM). They start headroom bytes inside of what is exported, as an allocator's
-// blocks do.
+// Alloc takes size bytes, zeroed: one allocation that can be lent by CUDA IPC, chunks of the virtual memory
+// management (gpu.CUDAVMM), or shared memory of the host, which the GPU sees. They start headroom bytes
+// inside of what is exported, as an allocator's blocks do; shared memory has none.
 func (g *GPU) Alloc(kind gpu.RegionKind, size, headroom int) (*Memory, error) {
 	m := &Memory{gpu: g, kind: kind, size: size, headroom: headroom}
 	err := g.do(func() (err error) {
@@ -114,8 +112,10 @@ func (g *GPU) Alloc(kind gpu.RegionKind, size, headroom int) (*Memory, error) {
 			err = drv.Wrap("cuMemAlloc", err)
 		case gpu.CUDAVMM:
 			err = m.mapChunks()
+		case gpu.SharedMemory:
+			return m.share()
 		default:
-			err = fmt.Errorf("%v memory cannot be taken: ask for CUDA IPC or CUDA VMM", kind)
+			err = fmt.Errorf("%v memory cannot be taken: ask for CUDA IPC, CUDA VMM or shared memory", kind)
 		}
 		if err != nil {
 			return err
@@ -160,6 +160,27 @@ func (m *Memory) mapChunks() error {
 	return drv.Allow(start, n*each, m.gpu.device, true)
 }
 
+// share makes shared memory.
+func (m *Memory) share() (err error) {
+	if m.fd, err = unix.MemfdCreate("twilight", unix.MFD_CLOEXEC); err != nil {
+		return err
+	}
+	if err = unix.Ftruncate(m.fd, int64(m.size)); err == nil {
+		m.shared, err = unix.Mmap(m.fd, 0, m.size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	}
+	if err == nil {
+		m.at, err = drv.HostRegister(m.shared, true)
+	}
+	if err != nil {
+		_ = unix.Close(m.fd)
+	}
+	return err
+}
+
+func (m *Memory) unshare() error {
+	return errors.Join(drv.HostUnregister(m.shared), unix.Munmap(m.shared), unix.Close(m.fd))
+}
+
 func (m *Memory) unmapChunks() error {
 	start, total := m.at-drv.Ptr(m.headroom), uint64(len(m.chunks)*m.each)
 	var err error
@@ -175,6 +196,9 @@ func (m *Memory) unmapChunks() error {
 // Release frees the memory. Who imported it has let go of it before.
 func (m *Memory) Release() error {
 	return m.gpu.do(func() error {
+		if m.kind == gpu.SharedMemory {
+			return m.unshare()
+		}
 		if m.kind == gpu.CUDAVMM {
 			total := uint64(len(m.chunks) * m.each)
 			return errors.Join(m.unmapChunks(), drv.Unreserve(m.at-drv.Ptr(m.headroom), total))
@@ -217,6 +241,11 @@ func (m *Memory) Read(offset int, data []byte) error {
 // Export says how another process finds size bytes at offset. Its descriptors are the caller's to close.
 func (m *Memory) Export(offset, size int, writable bool) (*gpu.Region, error) {
 	r := &gpu.Region{Kind: m.kind, Size: uint64(size), Writable: writable, Device: m.gpu.uuid}
+	if m.kind == gpu.SharedMemory {
+		fd, err := unix.FcntlInt(uintptr(m.fd), unix.F_DUPFD_CLOEXEC, 0)
+		r.Device, r.Offset, r.Chunks = "", uint64(offset), []gpu.Chunk{{FD: fd}}
+		return r, err
+	}
 	err := m.gpu.do(func() error {
 		if m.kind == gpu.CUDAIPC {
 			handle, err := drv.IPCHandle(m.at)

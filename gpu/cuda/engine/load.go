@@ -52,16 +52,26 @@ func (m *Memory) FillPlanes(t *Tensors, keys, values int, seed uint64) error {
 // FillQueries writes queries at an offset. The standard deviation of a row's logits lies between 3.6 and
 // 4.5, from 40,000 tokens on between 4 and 4.9; heads of a group share .64 of their variance.
 func (m *Memory) FillQueries(t *Tensors, offset int, seed uint64) error {
+	return m.gpu.do(func() error {
+		l, blocks, err := m.queries(t, offset, seed)
+		if err != nil {
+			return err
+		}
+		defer l.Free()
+		return l.Run(blocks, 1)
+	})
+}
+
+// queries is the launch that does so.
+func (m *Memory) queries(t *Tensors, offset int, seed uint64) (l drv.Launch, blocks int, err error) {
 	low, high := uint64(360), uint64(450)
 	if len(t.Tables[0])*t.PageSize >= 40_000 {
 		low, high = 400, 490
 	}
-	return m.gpu.do(func() error {
-		n := len(t.Tables) * t.QueryHeads * t.Dim
-		return m.gpu.launch("load_queries", (n+loadThreads-1)/loadThreads, m.at+drv.Ptr(offset),
-			uint64(len(t.Tables)), uint64(t.QueryHeads), uint64(t.QueryHeads/t.KVHeads), uint64(t.Dim),
-			low, high, seed)
-	})
+	n := len(t.Tables) * t.QueryHeads * t.Dim
+	l, err = m.gpu.prepare("load_queries", loadThreads, m.at+drv.Ptr(offset),
+		uint64(len(t.Tables)), uint64(t.QueryHeads), uint64(t.QueryHeads/t.KVHeads), uint64(t.Dim), low, high, seed)
+	return l, (n + loadThreads - 1) / loadThreads, err
 }
 
 // Logits are the products of a query head with the keys of all tokens of a sequence, in fp32.
@@ -158,14 +168,22 @@ func (g *GPU) launch(name string, blocks int, args ...uint64) error {
 }
 
 func (g *GPU) launchWide(name string, blocks, threads int, args ...uint64) error {
+	l, err := g.prepare(name, threads, args...)
+	if err != nil {
+		return err
+	}
+	defer l.Free()
+	return l.Run(blocks, 1)
+}
+
+func (g *GPU) prepare(name string, threads int, args ...uint64) (drv.Launch, error) {
 	f, err := g.module.Function(name)
 	if err != nil {
-		return drv.Wrap("cuModuleGetFunction", err)
+		return drv.Launch{}, drv.Wrap("cuModuleGetFunction", err)
 	}
 	l := drv.NewLaunch(f, cu.Stream{}, threads, drv.Block{})
-	defer l.Free()
 	for i, a := range args {
 		l.Set(i, a)
 	}
-	return l.Run(blocks, 1)
+	return l, nil
 }

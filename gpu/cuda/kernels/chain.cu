@@ -11,7 +11,12 @@ extern "C" __global__ void twilight_check(const __grid_constant__ Layer l, int32
 	if (l.carry_counts) // a step begins with nothing left by the last one
 		for (int i = threadIdx.x; i < l.rows / l.batch; i += blockDim.x)
 			l.carry_counts[b * (l.rows / l.batch) + i] = 0;
-	bool bad = length < 1 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
+	if (length == 0) {
+		if (threadIdx.x == 0)
+			found[b] = 0;
+		return;
+	}
+	bool bad = length < 0 || first < 0 || first >= length || length > int64_t(l.table_stride) * l.page_size ||
 		   length > int64_t(l.chunk_stride) * kChunk;
 	int pages = bad ? 0 : (length + l.page_size - 1) / l.page_size;
 	if (!bad) {
@@ -44,25 +49,51 @@ extern "C" __global__ void twilight_train(const __grid_constant__ Layer l, uint6
 	}
 }
 
+// Begins an armed layer, and tells whether it is to run. For a warp of its first kernel.
+__device__ __forceinline__ bool begin(const Layer &l)
+{
+	const volatile u32 *gate = l.gate;
+	u32 go = *reinterpret_cast<volatile u32 *>(l.go);
+	bool stop = go != kGo || l.plan[2] || int32_t(gate[0] - gate[1]) <= 0;
+	stop = __any_sync(kAll, stop);
+	if (stop && threadIdx.x % 32 == 0) {
+		*reinterpret_cast<volatile u32 *>(l.run) = 0;
+		if (go == kGo)
+			park(l);
+	}
+	if (!stop && blockIdx.x == 0 && threadIdx.x == 0 && *reinterpret_cast<const volatile u32 *>(l.status))
+		park(l); // the engine gave it up
+	return !stop;
+}
+
 // Indexes the layer's work: a warp a (chunk, KV head).
 extern "C" __global__ void __launch_bounds__(128) twilight_index(const __grid_constant__ Layer l)
 {
 	extern __shared__ uint8_t codes[];
-	int warp = threadIdx.x / 32;
-	int64_t i = int64_t(blockIdx.x) * 4 + warp;
-	if (i >= int64_t(l.works) * l.kv_heads)
+	int warp = threadIdx.x / 32, first = 0, works = l.works;
+	if (l.plan) {
+		first = l.plan[0];
+		works = l.plan[1];
+	}
+	if (l.go && !begin(l))
 		return;
-	int work = int(i / l.kv_heads), head = int(i % l.kv_heads);
 	uint8_t *mine = codes + warp * kChunk * l.k_dim;
-	switch (l.cache_dtype) {
-	case F32:
-		return index_chunk<F32>(l, work, head, mine);
-	case F16:
-		return index_chunk<F16>(l, work, head, mine);
-	case BF16:
-		return index_chunk<BF16>(l, work, head, mine);
-	default:
-		return index_chunk<F8E4M3>(l, work, head, mine);
+	for (int64_t i = int64_t(blockIdx.x) * 4 + warp; i < int64_t(works) * l.kv_heads; i += int64_t(gridDim.x) * 4) {
+		int work = int(i / l.kv_heads), head = int(i % l.kv_heads);
+		const int32_t *w = l.work + 4 * int64_t(first + work);
+		switch (l.cache_dtype) {
+		case F32:
+			index_chunk<F32>(l, w, work, head, mine);
+			break;
+		case F16:
+			index_chunk<F16>(l, w, work, head, mine);
+			break;
+		case BF16:
+			index_chunk<BF16>(l, w, work, head, mine);
+			break;
+		default:
+			index_chunk<F8E4M3>(l, w, work, head, mine);
+		}
 	}
 }
 
@@ -76,6 +107,8 @@ __device__ __forceinline__ void split(float x, __half &high, __half &low)
 // Scales queries and lays them out for the tensor cores: a warp a query head.
 extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int i = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
 	if (i >= l.batch * l.query_heads)
 		return;
@@ -85,16 +118,18 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 	float *q = l.q + int64_t(i) * dims;
 	float factor = l.query_scale * l.softmax_scale;
 	if (path_of(l, b) == kVoid) {
-		if (l.bad[b] && l.paths[b] != kVoid && lane == 0)
+		if (l.bad[b] && lane == 0)
 			atomicOr(&l.flags[b * l.kv_heads + kv_head], kBadRow);
 		return;
 	}
 	float most = 0, constant = 0, sum = 0;
 	for (int d = lane; d < dims; d += 32) {
 		float stored = read1(query + d * element_size(l.query_dtype), l.query_dtype);
-		if (!isfinite(stored * l.query_scale))
+		if (!isfinite(stored * l.query_scale)) {
 			atomicMax(reinterpret_cast<u64 *>(l.bad_query),
 				  ~((u64(i) * dims + d) << 32 | __float_as_uint(stored * l.query_scale)));
+			park(l);
+		}
 		float x = stored * factor;
 		q[d] = x;
 		float equal = l.estimates != kEstimateExact ? x * channel_scale(l, kv_head, d) : x;
@@ -141,6 +176,8 @@ extern "C" __global__ void twilight_queries(const __grid_constant__ Layer l)
 // Quest's bounds, summed over the heads that ask: a warp for 16 chunks of a list row.
 extern "C" __global__ void twilight_scores(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, tile = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -228,6 +265,8 @@ __device__ __forceinline__ Pick pick(const Layer &l, int row, int budget, int to
 // A block a list row, a thread a channel.
 extern "C" __global__ void twilight_rank_query(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ float sums[kMaxDim], sizes[kMaxDim];
 	int row = blockIdx.x, d = threadIdx.x;
 	RowIndex r = row_index(l, row);
@@ -283,6 +322,8 @@ __device__ __forceinline__ void put_score(const Layer &l, int row, int from, int
 template <int T>
 __device__ void rank_keys(const Layer &l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	int from = l.first[r.sequence], length = l.lengths[r.sequence];
@@ -340,6 +381,8 @@ __device__ __forceinline__ float code_dot(const float *query, const uint8_t *cod
 // Scores of tokens by their labels: a thread a token.
 extern "C" __global__ void twilight_rank_labels(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ float label[kMaxDim];
 	__shared__ double scan[32];
 	int row = blockIdx.y, tid = threadIdx.x;
@@ -398,6 +441,8 @@ __device__ void put_chunks(int first, int n, F mask, int32_t *chunks, uint16_t *
 // The candidates of a list row, ascending, ties going to the lower chunk or token: a block a row.
 extern "C" __global__ void twilight_select(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	int row = blockIdx.x, tid = threadIdx.x;
 	RowIndex r = row_index(l, row);
@@ -532,6 +577,8 @@ struct Candidate {
 // INT4 estimates of the candidates' logits: a warp a chunk at a time.
 extern "C" __global__ void twilight_estimate(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -577,6 +624,8 @@ extern "C" __global__ void twilight_estimate(const __grid_constant__ Layer l)
 // Estimates from codes of other widths: a warp a chunk at a time, two lanes a token.
 extern "C" __global__ void twilight_estimate_codes(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31, t = lane / 2, half = lane % 2;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -609,6 +658,8 @@ extern "C" __global__ void twilight_estimate_codes(const __grid_constant__ Layer
 template <int T>
 __device__ void exact(const Layer &l)
 {
+	if (idle(l))
+		return;
 	int row = blockIdx.y, lane = threadIdx.x & 31;
 	RowIndex r = row_index(l, row);
 	if (path_of(l, r.sequence) != kSparse)
@@ -735,6 +786,8 @@ __device__ double outside(const Layer &l, RowIndex r, int row, int head, float t
 // and the last candidate kept that has just it.
 extern "C" __global__ void twilight_cut(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	constexpr int kBins = 2048;
 	__shared__ u64 histogram[kBins];
 	__shared__ u64 scan[32];
@@ -865,6 +918,8 @@ extern "C" __global__ void twilight_cut(const __grid_constant__ Layer l)
 // The union of what the asking heads keep, ascending: a block a list row.
 extern "C" __global__ void twilight_compact(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	__shared__ u64 kept_weight[16];
 	int row = blockIdx.x, tid = threadIdx.x;
@@ -959,6 +1014,8 @@ extern "C" __global__ void twilight_compact(const __grid_constant__ Layer l)
 template <int T, int N>
 __device__ void attend(const Layer &l)
 {
+	if (idle(l))
+		return;
 	using E = typename Element<T>::Type;
 	constexpr int kWarps = 4, kBatch = N <= 4 ? 4 : 2;
 	extern __shared__ float shared[];
@@ -1116,8 +1173,10 @@ extern "C" __global__ void __launch_bounds__(128) twilight_attend8(const __grid_
 extern "C" __global__ void __launch_bounds__(128) twilight_attend16(const __grid_constant__ Layer l) { attend_any<16>(l); }
 
 // Sums the parts of a query head's attention, its sink's weight included, and writes its output.
-extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+__device__ __forceinline__ void combine(const Layer &l)
 {
+	if (idle(l))
+		return;
 	int b = blockIdx.x / l.query_heads, head = blockIdx.x % l.query_heads;
 	int row = blockIdx.x / l.asking, asking = blockIdx.x % l.asking, stride = l.v_dim + 2;
 	uint8_t *out = l.output + b * l.output_row + head * l.output_head;
@@ -1151,12 +1210,19 @@ extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
 		write1(out + d * size, x * scale, l.output_dtype);
 	}
 }
+extern "C" __global__ void twilight_combine(const __grid_constant__ Layer l)
+{
+	combine(l);
+	finish(l);
+}
 
 // Computes query heads densely, too: a block an audited query head. Twice over the keys, for the logits and
 // for the sum of values.
 template <int T>
 __device__ void audit(const Layer &l)
 {
+	if (idle(l))
+		return;
 	using E = typename Element<T>::Type;
 	__shared__ float q[kMaxDim], out[8][kMaxDim], tops[32];
 	__shared__ double scan[32];
@@ -1266,6 +1332,8 @@ extern "C" __global__ void __launch_bounds__(256) twilight_audit(const __grid_co
 // Makes lists of what the fused kernel kept, a bit a token: a block a list row.
 extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 {
+	if (idle(l))
+		return;
 	__shared__ int scan[32];
 	int row = blockIdx.x, tid = threadIdx.x, written = 0;
 	RowIndex r = row_index(l, row);
@@ -1285,8 +1353,10 @@ extern "C" __global__ void twilight_expand(const __grid_constant__ Layer l)
 
 // Copies the rows' lists to where the caller wants them: cut to a capacity each or, if that is 0, one
 // behind another. A block a list row.
-extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+__device__ __forceinline__ void lists(const Layer &l)
 {
+	if (idle(l))
+		return;
 	__shared__ u64 scan[32];
 	int row = blockIdx.x;
 	auto length = [&](int r) {
@@ -1312,9 +1382,15 @@ extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
 	if (threadIdx.x == 0 && l.out_counts)
 		l.out_counts[row] = n;
 }
+extern "C" __global__ void twilight_lists(const __grid_constant__ Layer l)
+{
+	lists(l);
+	finish(l);
+}
 
 // Offsets by which the host checks its idea of Layer.
 extern "C" __device__ const uint32_t twilight_layout[] = {
 	sizeof(Layer), offsetof(Layer, lengths), offsetof(Layer, queries), offsetof(Layer, int4), offsetof(Layer, q),
-	offsetof(Layer, lists), offsetof(Layer, audited), offsetof(Layer, batch), offsetof(Layer, softmax_scale), sizeof(CutResult),
+	offsetof(Layer, lists), offsetof(Layer, audited), offsetof(Layer, go), offsetof(Layer, batch), offsetof(Layer, softmax_scale),
+	sizeof(CutResult),
 };

@@ -5,26 +5,55 @@
 constexpr int kDenseThreads = 128;
 constexpr float kNone = -1e30f; // below all logits
 
-// Writes the outputs of a list row's heads: the sums of its parts, [count][asking][D+2] and `step` apart, and
-// of the sinks' weights. Logits are binary logarithms.
-template <int D, typename F>
-__device__ void write_outputs(const Layer &l, RowIndex r, F parts, int count, int step)
+// The address of an output's element.
+__device__ __forceinline__ uint8_t *output_at(const Layer &l, RowIndex r, int h, int d)
 {
-	constexpr int kPart = D + 2;
-	for (int i = threadIdx.x; i < l.asking * D; i += kDenseThreads) {
-		int h = i / D, d = i % D, head = r.query_head + h;
-		auto of = [&](int s, int k) { return parts(s * step + h * kPart + k); };
-		float top = l.sinks ? l.sinks[head] * kLog2e : -kInfinity;
-		for (int s = 0; s < count; s++)
-			top = fmaxf(top, of(s, 0));
-		float sum = l.sinks ? exp2_fast(l.sinks[head] * kLog2e - top) : 0, x = 0;
-		for (int s = 0; s < count; s++) {
-			float shrink = exp2_fast(of(s, 0) - top);
-			sum += of(s, 1) * shrink;
-			x += of(s, 2 + d) * shrink;
+	return l.output + r.sequence * l.output_row + (r.query_head + h) * l.output_head + d * element_size(l.output_dtype);
+}
+
+// The logit, binary, of a head's sink.
+__device__ __forceinline__ float sink(const Layer &l, RowIndex r, int h)
+{
+	return l.sinks ? l.sinks[r.query_head + h] * kLog2e : -kInfinity;
+}
+
+// Sums the parts of a list row's attention and writes its outputs: a block. Partial sums lie in scratch,
+// [R][splits][asking][D] and, behind them all, maxima and weights, [R][splits][asking][2]. They are read past
+// the first cache, which may hold a line of them from before it was written. shrink is memory for
+// [count][asking].
+template <int D>
+__device__ void combine(const Layer &l, RowIndex r, const float *values, const float *stats, int count, float *shrink)
+{
+	__shared__ float sums[16];
+	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, asking = l.asking;
+	for (int h = warp; h < asking; h += kDenseThreads / 32) {
+		float top = sink(l, r, h), sum = 0;
+		for (int s = lane; s < count; s += 32)
+			top = fmaxf(top, __ldcg(stats + (s * asking + h) * 2));
+		top = warp_max(top);
+		for (int s = lane; s < count; s += 32) {
+			float x = exp2_fast(__ldcg(stats + (s * asking + h) * 2) - top);
+			shrink[s * asking + h] = x;
+			sum += x * __ldcg(stats + (s * asking + h) * 2 + 1);
 		}
-		write1(l.output + r.sequence * l.output_row + head * l.output_head + d * element_size(l.output_dtype), x / sum,
-		       l.output_dtype);
+		sum = warp_sum(sum);
+		if (lane == 0)
+			sums[h] = sum + exp2_fast(sink(l, r, h) - top);
+	}
+	__syncthreads();
+	const int quads = asking * D / 4;
+	for (int i = threadIdx.x; i < quads; i += kDenseThreads) {
+		const int h = i * 4 / D, d = i * 4 % D;
+		const float4 *from = reinterpret_cast<const float4 *>(values) + i;
+		float x[4] = {};
+#pragma unroll 8
+		for (int s = 0; s < count; s++) {
+			float4 v = __ldcg(from + int64_t(s) * quads);
+			float w = shrink[s * asking + h];
+			x[0] += w * v.x, x[1] += w * v.y, x[2] += w * v.z, x[3] += w * v.w;
+		}
+		for (int k = 0; k < 4; k++)
+			write1(output_at(l, r, h, d + k), x[k] / sums[h], l.output_dtype);
 	}
 }
 
@@ -36,9 +65,11 @@ __device__ void check_queries(const Layer &l, RowIndex r)
 		int head = r.query_head + i / D, d = i % D;
 		float x = read1(l.queries + r.sequence * l.query_row + head * l.query_head + d * element_size(l.query_dtype),
 				l.query_dtype) * l.query_scale;
-		if (!isfinite(x))
+		if (!isfinite(x)) {
 			atomicMax(reinterpret_cast<u64 *>(l.bad_query),
 				  ~((u64(r.sequence * l.query_heads + head) * D + d) << 32 | __float_as_uint(x)));
+			park(l);
+		}
 	}
 }
 
@@ -47,6 +78,8 @@ __device__ void check_queries(const Layer &l, RowIndex r)
 template <int T, int D, int N>
 __device__ __forceinline__ void dense(const Layer &l)
 {
+	if (idle(l))
+		return;
 	extern __shared__ __align__(128) uint8_t memory[];
 	__shared__ Queries<D, N> q;
 	__shared__ bool last;
@@ -57,9 +90,8 @@ __device__ __forceinline__ void dense(const Layer &l)
 	const int path = path_of(l, r.sequence);
 	if (path == kVoid) {
 		for (int i = tid; i < l.asking * D && part == 0; i += kDenseThreads)
-			write1(l.output + r.sequence * l.output_row + (r.query_head + i / D) * l.output_head +
-				       i % D * element_size(l.output_dtype), 0, l.output_dtype);
-		if (l.bad[r.sequence] && l.paths[r.sequence] != kVoid && tid == 0)
+			write1(output_at(l, r, i / D, i % D), 0, l.output_dtype);
+		if (l.bad[r.sequence] && tid == 0)
 			atomicOr(&l.flags[r.sequence * l.kv_heads + r.kv_head], kBadRow);
 		return;
 	}
@@ -98,12 +130,21 @@ __device__ __forceinline__ void dense(const Layer &l)
 		}, end - base);
 	attention.gather(l.asking, parts);
 	__syncthreads();
-	if (count == 1)
-		return write_outputs<D>(l, r, [&](int i) { return parts[i]; }, 1, 0);
-	const int step = l.asking * kPart;
-	float *partial = l.partial + int64_t(row) * l.splits * step;
-	for (int i = tid; i < step; i += kDenseThreads)
-		partial[part * step + i] = parts[i];
+	if (count == 1) {
+		for (int i = tid; i < l.asking * D; i += kDenseThreads) {
+			const float *of = parts + i / D * kPart;
+			float top = fmaxf(of[0], sink(l, r, i / D)), shrink = exp2_fast(of[0] - top);
+			float sum = of[1] * shrink + exp2_fast(sink(l, r, i / D) - top);
+			write1(output_at(l, r, i / D, i % D), of[2 + i % D] * shrink / sum, l.output_dtype);
+		}
+		return;
+	}
+	const int64_t before = int64_t(row) * l.splits * l.asking;
+	float *values = l.partial + before * D, *stats = l.partial + int64_t(l.rows) * l.splits * l.asking * D + before * 2;
+	for (int i = tid; i < l.asking * D; i += kDenseThreads)
+		values[int64_t(part) * l.asking * D + i] = parts[i / D * kPart + 2 + i % D];
+	if (tid < l.asking * 2)
+		stats[part * l.asking * 2 + tid] = parts[tid / 2 * kPart + tid % 2];
 	__threadfence();
 	__syncthreads();
 	if (tid == 0) {
@@ -115,14 +156,14 @@ __device__ __forceinline__ void dense(const Layer &l)
 	if (!last)
 		return;
 	__threadfence();
-	// Past the first cache, which may hold a line of this from before it was written.
-	write_outputs<D>(l, r, [&](int i) { return __ldcg(partial + i); }, count, step);
+	combine<D>(l, r, values, stats, count, parts);
 }
 
 #define DENSE(name, type, dim, tiles, blocks) \
 	extern "C" __global__ void __launch_bounds__(kDenseThreads, blocks) name(const __grid_constant__ Layer l) \
 	{ \
 		dense<type, dim, tiles>(l); \
+		finish(l); \
 	}
 DENSE(twilight_dense_fp16_128_4, F16, 128, 1, 4)
 DENSE(twilight_dense_fp16_128_8, F16, 128, 2, 3)

@@ -220,7 +220,29 @@ __device__ V block_scan(V v, V *shared, V &total)
 	return before + inclusive - v;
 }
 
-__device__ __forceinline__ int path_of(const Layer &l, int b) { return l.bad[b] ? kVoid : l.paths[b]; }
+__device__ __forceinline__ int path_of(const Layer &l, int b) { return l.bad[b] || l.lengths[b] == 0 ? kVoid : l.paths[b]; }
+
+// Leaves an armed layer to the host, which looks at it once the layer's kernels are over.
+__device__ __forceinline__ void park(const Layer &l)
+{
+	if (!l.go)
+		return;
+	*reinterpret_cast<volatile u32 *>(l.go) = kPark;
+	reinterpret_cast<volatile u32 *>(l.news)[kNewsParked] = l.order;
+}
+
+// Says that a block is over, for the kernels that may be a layer's last.
+__device__ __forceinline__ void finish(const Layer &l)
+{
+	if (!l.finished)
+		return;
+	__syncthreads();
+	if (threadIdx.x == 0)
+		atomicAdd(l.finished, 1);
+}
+
+// Whether a layer's kernels have nothing to do. It does not change while they run.
+__device__ __forceinline__ bool idle(const Layer &l) { return l.run && *reinterpret_cast<volatile u32 *>(l.run) == 0; }
 
 // Tokens of a list of n, or of a whole row, that each of the attention kernels' parts takes.
 __device__ __forceinline__ int part_size(const Layer &l, int n)

@@ -18,6 +18,8 @@ constexpr int kMaxCluster = 8;
 template <int T, int D, int N, int Threads>
 __device__ __forceinline__ void fused(const Layer &l)
 {
+	if (idle(l)) // all blocks of the cluster
+		return;
 	constexpr int W = Threads / 32, kHeads = N * kHeadsATile, kSteps = D / 16;
 	constexpr int kPerLane = D / 64; // 16-byte words of an INT4 record that a lane reads
 	extern __shared__ __align__(128) uint8_t memory[];
@@ -37,12 +39,12 @@ __device__ __forceinline__ void fused(const Layer &l)
 	const RowIndex r = row_index(l, row);
 	const int from = l.first[r.sequence], length = l.lengths[r.sequence], budget = l.budgets[r.sequence];
 	const int path = path_of(l, r.sequence);
-	if (path != kSparse) { // all blocks of the cluster
+	if (path != kSparse) { // likewise
 		if (path == kVoid && rank == 0 && !l.lists_only)
 			for (int i = tid; i < l.asking * D; i += Threads)
 				write1(l.output + r.sequence * l.output_row + (r.query_head + i / D) * l.output_head +
 					       i % D * element_size(l.output_dtype), 0, l.output_dtype);
-		if (l.bad[r.sequence] && l.paths[r.sequence] != kVoid && tid == 0)
+		if (l.bad[r.sequence] && tid == 0)
 			atomicOr(&l.flags[r.sequence * l.kv_heads + r.kv_head], kBadRow);
 		return;
 	}
@@ -401,30 +403,28 @@ __device__ __forceinline__ void fused(const Layer &l)
 		}
 		return at;
 	};
-	// Calls f with the block's codes of a head, 8 at a time, and the first one's index.
-	auto each_eight = [&](int h, auto f) {
-		const uint4 *words = reinterpret_cast<const uint4 *>(codes + int64_t(h) * cap * kChunk);
-		for (int i = tid; i < n * 2; i += Threads) {
-			uint4 word = words[i];
-			f(reinterpret_cast<const uint16_t *>(&word));
+	// Calls f with the block's codes of each head, 8 at a time.
+	auto each_eight = [&](auto f) {
+		for (int i = tid; i < G * n * 2; i += Threads) {
+			int h = G == 1 ? 0 : i / (n * 2);
+			uint4 word = reinterpret_cast<const uint4 *>(codes + int64_t(h) * cap * kChunk)[i - h * n * 2];
+			f(h, reinterpret_cast<const uint16_t *>(&word));
 		}
 	};
 
 	// Top-p: weights are summed as integers by bins; the bin in which the sum reaches p is counted code by
 	// code.
 	if (l.prunes == kPruneTopP) {
-		for (int h = 0; h < G; h++) {
+		each_eight([&](int h, const uint16_t *c) {
 			const int from_code = base_code[h];
-			each_eight(h, [&](const uint16_t *c) {
 #pragma unroll
-				for (int k = 0; k < 8; k++) {
-					int d = c[k] - from_code;
-					if (c[k] != kNoToken)
-						atomicAdd(&coarse[h][min(d / kBinCodes, kBins - 1)],
-							  __float2uint_rn(4096 * exp2_fast(d % kBinCodes * (-1.f / kFine))));
-				}
-			});
-		}
+			for (int k = 0; k < 8; k++) {
+				int d = c[k] - from_code;
+				if (c[k] != kNoToken)
+					atomicAdd(&coarse[h][min(d / kBinCodes, kBins - 1)],
+						  __float2uint_rn(4096 * exp2_fast(d % kBinCodes * (-1.f / kFine))));
+			}
+		});
 		sync();
 		for (int i = tid; i < G * kBins; i += Threads)
 			weights[i / kBins][i % kBins] =
@@ -440,15 +440,13 @@ __device__ __forceinline__ void fused(const Layer &l)
 				wanted[h] = want, before[h] = sum, cut[h] = at;
 		}
 		__syncthreads();
-		for (int h = 0; h < G; h++) {
+		each_eight([&](int h, const uint16_t *c) {
 			const int from_code = base_code[h] + cut[h] * kBinCodes;
-			each_eight(h, [&](const uint16_t *c) {
 #pragma unroll
-				for (int k = 0; k < 8; k++)
-					if (u32(c[k] - from_code) < kBinCodes)
-						atomicAdd(&fine[h][c[k] - from_code], 1);
-			});
-		}
+			for (int k = 0; k < 8; k++)
+				if (u32(c[k] - from_code) < kBinCodes)
+					atomicAdd(&fine[h][c[k] - from_code], 1);
+		});
 		sync();
 		for (int h = warp; h < G; h += W) {
 			weights[h][lane] = 4096 * float(total(&fine[h][lane])) * exp2_fast((cut[h] * kBinCodes + lane) * (-1.f / kFine));
@@ -566,8 +564,10 @@ __device__ __forceinline__ void fused(const Layer &l)
 		}
 		l.kept[row] = all_kept;
 		l.candidate_tokens[row] = all_tokens;
-		if (again)
+		if (again) {
 			atomicOr(&l.flags[r.sequence * kv_heads + r.kv_head], kRetry);
+			park(l);
+		}
 	}
 	if (C > 1)
 		cluster.sync(); // others may still read this block's memory
@@ -577,6 +577,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 	extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Layer l) \
 	{ \
 		fused<type, dim, tiles, threads>(l); \
+		finish(l); \
 	}
 
 FUSED(twilight_fused_fp16_128_4_256, F16, 128, 1, 256, 2)

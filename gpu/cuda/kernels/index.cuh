@@ -138,11 +138,11 @@ __device__ void index_labels(const Layer &l, int b, int chunk, int head, u32 fre
 	__syncwarp();
 }
 
-// Indexes a chunk for one KV head: a warp. codes is its scratch, [kChunk][k_dim].
+// Indexes a chunk for one KV head: a warp. w is the work, the layer's `work`-th. codes is its scratch,
+// [kChunk][k_dim].
 template <int T>
-__device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
+__device__ void index_chunk(const Layer &l, const int32_t *w, int work, int head, uint8_t *codes)
 {
-	const int32_t *w = l.work + 4 * int64_t(work);
 	int b = w[0], chunk = w[1], id = w[2], lane = threadIdx.x & 31, dims = l.k_dim;
 	u32 valid = w[3] & 0xffff, fresh = u32(w[3]) >> 16;
 	// Work and tables are written apart: no page is read that is not there.
@@ -206,7 +206,7 @@ __device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
 		else
 			reinterpret_cast<__half2 *>(coded)[t] = stored;
 	}
-	if (__any_sync(kAll, drifted) && lane == 0)
+	if (__any_sync(kAll, drifted) && lane == 0 && l.drift_flags)
 		if (atomicExch(l.drift_flags + work, 1u) == 0)
 			atomicAdd(l.drifted, 1u);
 

@@ -33,6 +33,8 @@ type Kernels struct {
 	// Dense are the variants of attention on the tensor cores, Fused those of the fused kernel; of the
 	// latter there are none before compute capability 9.0.
 	Dense, Fused []Tensor
+
+	Armed Armed
 }
 
 // Tensor is a variant of a kernel that uses the tensor cores.
@@ -60,7 +62,7 @@ func Load(device cu.Device) (*Kernels, error) {
 	if err != nil {
 		return nil, drv.Wrap("cuModuleLoadFatBinary", err)
 	}
-	if err := checkLayout(module); err != nil {
+	if err := checkLayout(module, "twilight_layout", layout); err != nil {
 		return nil, err
 	}
 	k := &Kernels{attend: make(map[int]cu.Function)}
@@ -70,21 +72,33 @@ func Load(device cu.Device) (*Kernels, error) {
 		"estimate": &k.Estimate, "estimate_codes": &k.EstimateCodes, "exact": &k.Exact, "cut": &k.Cut,
 		"compact": &k.Compact, "combine": &k.Combine, "audit": &k.Audit, "expand": &k.Expand, "lists": &k.Lists,
 	} {
-		if *f, err = module.Function("twilight_" + name); err != nil {
-			return nil, drv.Wrap("cuModuleGetFunction "+name, err)
+		if *f, err = find(module, "twilight_"+name); err != nil {
+			return nil, err
 		}
 	}
 	for _, n := range attendSizes {
-		f, err := module.Function(fmt.Sprintf("twilight_attend%d", n))
+		f, err := find(module, fmt.Sprintf("twilight_attend%d", n))
 		if err == nil {
 			err = drv.SetSharedLimit(f, AttendShared(n, MaxDim, MaxDim))
 		}
 		if err != nil {
-			return nil, drv.Wrap("cuModuleGetFunction attend", err)
+			return nil, err
 		}
 		k.attend[n] = f
 	}
-	return k, k.loadTensor(device)
+	if err := k.loadTensor(device); err != nil {
+		return nil, err
+	}
+	return k, k.loadArmed()
+}
+
+// find loads a function of a module.
+func find(module cu.Module, name string) (cu.Function, error) {
+	f, err := module.Function(name)
+	if err != nil {
+		return f, drv.Wrap("cuModuleGetFunction "+name, err)
+	}
+	return f, drv.LoadFunction(f)
 }
 
 // loadTensor loads what uses the tensor cores.
@@ -107,10 +121,9 @@ func (k *Kernels) loadTensor(device cu.Device) error {
 			return drv.Wrap("cuModuleLoadFatBinary", err)
 		}
 	}
-	find := func(module cu.Module, v *Tensor, format string, args ...any) error {
-		name := fmt.Sprintf(format, args...)
-		if v.Function, err = module.Function(name); err != nil {
-			return drv.Wrap("cuModuleGetFunction "+name, err)
+	load := func(module cu.Module, v *Tensor, format string, args ...any) error {
+		if v.Function, err = find(module, fmt.Sprintf(format, args...)); err != nil {
+			return err
 		}
 		fixed, err := drv.StaticShared(v.Function)
 		if err != nil {
@@ -123,7 +136,7 @@ func (k *Kernels) loadTensor(device cu.Device) error {
 		for _, dim := range []int{64, 128} {
 			for _, heads := range []int{4, 8} {
 				v := Tensor{DType: dtype, Dim: dim, Heads: heads, Threads: 128}
-				if err := find(attention, &v, "twilight_dense_%v_%d_%d", dtype, dim, heads); err != nil {
+				if err := load(attention, &v, "twilight_dense_%v_%d_%d", dtype, dim, heads); err != nil {
 					return err
 				}
 				k.Dense = append(k.Dense, v)
@@ -133,7 +146,7 @@ func (k *Kernels) loadTensor(device cu.Device) error {
 					break
 				}
 				v.DType, v.Dim = dtype, dim
-				if err := find(layers, &v, "twilight_fused_%v_%d_%d_%d", dtype, dim, v.Heads, v.Threads); err != nil {
+				if err := load(layers, &v, "twilight_fused_%v_%d_%d_%d", dtype, dim, v.Heads, v.Threads); err != nil {
 					return err
 				}
 				k.Fused = append(k.Fused, v)
@@ -142,6 +155,9 @@ func (k *Kernels) loadTensor(device cu.Device) error {
 	}
 	return nil
 }
+
+// MaxSplits is how many parts a row's attention can have: as many as combine in dense.cu has room for.
+const MaxSplits = 256
 
 // DenseShared is the dynamic shared memory of an attention kernel on the tensor cores.
 func (t *Tensor) DenseShared(asking int) int { return t.Threads / 32 * asking * (t.Dim + 2) * 4 }
@@ -173,8 +189,9 @@ func AttendShared(size, kDim, vDim int) int {
 // IndexShared is the dynamic shared memory of Index.
 func IndexShared(kDim int) int { return 4 * kv.ChunkTokens * kDim }
 
-func checkLayout(module cu.Module) error {
-	at, size, err := module.Global("twilight_layout")
+// checkLayout holds a module's idea of structs against this package's.
+func checkLayout(module cu.Module, name string, layout []uint32) error {
+	at, size, err := module.Global(name)
 	if err != nil {
 		return drv.Wrap("cuModuleGetGlobal", err)
 	}
@@ -183,7 +200,7 @@ func checkLayout(module cu.Module) error {
 		return drv.Wrap("cuMemcpyDtoH", err)
 	}
 	if !slices.Equal(compiled, layout) {
-		return fmt.Errorf("the kernels were compiled for another layout %v of Layer than %v: make kernels", compiled, layout)
+		return fmt.Errorf("the kernels were compiled for other structs %v than %v: make kernels", compiled, layout)
 	}
 	return nil
 }

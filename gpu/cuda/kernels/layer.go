@@ -62,6 +62,8 @@ type Layer struct {
 
 	Audited, AuditLogits, AuditResults uint64
 
+	Go, Run, Plan, Gate, Status, Finished, News uint64
+
 	Batch, QueryHeads, KVHeads, Asking, Rows  int32
 	KDim, VDim                                int32
 	PageSize, NumPages, NullPage, Chunks      int32
@@ -84,6 +86,7 @@ type Layer struct {
 	UseEstimates                              int32
 	OnlyDense                                 int32
 	Audits, AuditStride                       int32
+	Order                                     int32
 	SoftmaxScale, Softcap, QueryScale         float32
 }
 
@@ -142,6 +145,7 @@ var layout = []uint32{
 	uint32(unsafe.Offsetof(Layer{}.Q)),
 	uint32(unsafe.Offsetof(Layer{}.Lists)),
 	uint32(unsafe.Offsetof(Layer{}.Audited)),
+	uint32(unsafe.Offsetof(Layer{}.Go)),
 	uint32(unsafe.Offsetof(Layer{}.Batch)),
 	uint32(unsafe.Offsetof(Layer{}.SoftmaxScale)),
 	CutBytes,

@@ -39,7 +39,7 @@ struct Layer {
 	const int32_t *lengths, *first; // [B]
 	const int32_t *table, *vtable;  // [B][table_stride] page ids
 	const int32_t *chunk_ids;       // [B][chunk_stride] shadow chunks; null: they follow from the page
-	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range, or no tokens
+	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range
 	const int32_t *paths;           // [B] Path
 	const double *p;                // [B] share to keep in place of thresholds; 0: none
 	const double *thresholds;       // [Hq] the pruner's
@@ -59,7 +59,7 @@ struct Layer {
 	const int32_t *channels; // ascending in weight
 	float *mean, *spread, *reach;
 	const int32_t *work; // [works][4]: row, chunk, shadow chunk, valid | fresh << 16
-	uint32_t *drifted, *drift_flags; // how many of the works strayed; which
+	uint32_t *drifted, *drift_flags; // how many of the works strayed; which, or null: not counted
 	uint64_t *bad_query; // of the first query element that is not finite, flat index << 32 | bits; inverted
 
 	// Scratch.
@@ -101,6 +101,15 @@ struct Layer {
 	float *audit_logits;    // [audits*G][audit_stride]
 	float *audit_results;   // [audits*G][2] true mass, error of the output
 
+	// Of an armed step, null otherwise: the layer's words, and those of all steps.
+	uint32_t *go;           // Go: what the stream does behind the layer
+	uint32_t *run;          // 0: its kernels do nothing; twilight_index decides
+	const int32_t *plan;    // [4]: its first work, how many, whether the host is to run the layer, unused
+	const uint32_t *gate;   // [2]: the step that runs, the last one that was halted
+	const uint32_t *status; // the engine's
+	uint32_t *finished;     // how many blocks of layers' last kernels are over
+	uint32_t *news;         // News, to the host
+
 	int32_t batch, query_heads, kv_heads, asking, rows;
 	int32_t k_dim, v_dim;
 	int32_t page_size, num_pages, null_page, chunks;
@@ -124,6 +133,7 @@ struct Layer {
 	int32_t use_estimates;              // in attention
 	int32_t only_dense;                 // attend for dense rows only
 	int32_t audits, audit_stride;
+	int32_t order; // of the layer in its armed step, from 1
 	float softmax_scale, softcap, query_scale;
 };
 
@@ -134,3 +144,8 @@ enum Selects : int32_t { kSelectAll, kSelectQuest, kSelectEnds, kSelectTokens, k
 enum Ranks : int32_t { kRankNone, kRankKeys, kRankLargest, kRankChannels, kRankLabels };
 enum Estimates : int32_t { kEstimateExact, kEstimateInt4, kEstimateCodes };
 enum Prunes : int32_t { kPruneNone, kPruneTopP, kPruneThreshold };
+
+// kPark: the stream waits until the host says kGo, if it has run the layer, or kSkip.
+enum Go : uint32_t { kPark, kGo, kSkip };
+// The step that has begun, and of it the layer that the host is to look at, and the slot out of range; from 1.
+enum News { kNewsStep, kNewsParked, kNewsSlot, kNewsWords };

@@ -51,6 +51,20 @@ typedef struct {
 	int flags;
 } CUmemAccessDesc;
 
+// CUstreamBatchMemOpParams, of waits and writes of 32 bits.
+typedef struct {
+	int operation;
+	CUdeviceptr address;
+	uint64_t value;
+	unsigned flags;
+	CUdeviceptr alias;
+	uint64_t pad;
+} drv_memop;
+
+typedef struct CUgraph_st *CUgraph;
+typedef struct CUgraphExec_st *CUgraphExec;
+
+_Static_assert(sizeof(drv_memop) == 48, "CUstreamBatchMemOpParams");
 _Static_assert(sizeof(CUlaunchAttribute) == 72, "CUlaunchAttribute");
 _Static_assert(sizeof(CUlaunchConfig) == 56, "CUlaunchConfig");
 _Static_assert(sizeof(CUmemAllocationProp) == 32, "CUmemAllocationProp");
@@ -68,6 +82,14 @@ enum {
 	MEM_ACCESS_READ = 1,
 	MEM_ACCESS_READ_WRITE = 3,
 	IPC_LAZY_PEER_ACCESS = 1,
+	MEM_OP_WAIT = 1,
+	MEM_OP_WRITE = 2,
+	MEM_OP_WAIT_EQ = 1,
+	STREAM_CAPTURE_THREAD_LOCAL = 1,
+	HOST_REGISTER_PORTABLE = 1,
+	HOST_REGISTER_MAPPED = 2,
+	HOST_REGISTER_READ_ONLY = 8,
+	NOT_READY = 600,
 };
 
 CUresult cuGetErrorName(CUresult, const char **);
@@ -94,6 +116,20 @@ CUresult cuMemMap(CUdeviceptr, size_t, size_t offset, unsigned long long, unsign
 CUresult cuMemUnmap(CUdeviceptr, size_t);
 CUresult cuMemSetAccess(CUdeviceptr, size_t, const CUmemAccessDesc *, size_t count);
 
+CUresult cuStreamBatchMemOp_v2(CUstream, unsigned count, drv_memop *, unsigned flags);
+CUresult cuStreamBeginCapture_v2(CUstream, int mode);
+CUresult cuStreamEndCapture(CUstream, CUgraph *);
+CUresult cuGraphInstantiateWithFlags(CUgraphExec *, CUgraph, unsigned long long flags);
+CUresult cuGraphLaunch(CUgraphExec, CUstream);
+CUresult cuGraphExecDestroy(CUgraphExec);
+CUresult cuGraphDestroy(CUgraph);
+CUresult cuStreamQuery(CUstream);
+CUresult cuLaunchHostFunc(CUstream, void (*)(void *), void *);
+CUresult cuFuncLoad(CUfunction);
+CUresult cuMemHostRegister_v2(void *, size_t, unsigned flags);
+CUresult cuMemHostUnregister(void *);
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *, void *, unsigned flags);
+
 // A kernel launch of which every part lies in C memory, so that Go passes one pointer and nothing is
 // allocated or copied per launch. The first parameter is a struct elsewhere, or args[0].
 enum { DRV_MAX_ARGS = 8 };
@@ -111,3 +147,14 @@ CUresult drv_import(unsigned long long *handle, int fabric, int fd, const void *
 CUresult drv_create(unsigned long long *handle, int device, size_t size);
 CUresult drv_granularity(size_t *, int device);
 CUresult drv_access(CUdeviceptr, size_t, int device, int writable);
+CUresult drv_memops(CUstream, unsigned count, drv_memop *);
+
+// What wakes a thread of the host when a stream comes by: an eventfd, and how often it did.
+typedef struct {
+	int fd;
+	uint32_t count;
+} drv_signal;
+
+drv_signal *drv_signal_new(int fd);
+CUresult drv_signal_behind(CUstream, drv_signal *);
+uint32_t drv_signal_count(const drv_signal *);

@@ -16,6 +16,7 @@ type Code int
 // The codes that callers tell apart; the driver knows more.
 const (
 	OutOfMemory  Code = 2
+	NotReady     Code = 600
 	NotPermitted Code = 800
 	NotSupported Code = 801
 

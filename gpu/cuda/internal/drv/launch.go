@@ -55,6 +55,9 @@ func (l Launch) Free() { C.free(unsafe.Pointer(l.c)) }
 // Set sets argument i.
 func (l Launch) Set(i int, value uint64) { l.c.args[i] = C.uint64_t(value) }
 
+// On sets the stream.
+func (l Launch) On(s cu.Stream) { l.c.config.stream = stream(s) }
+
 // Cluster sets how many adjacent blocks form a cluster; 0 launches without clusters.
 func (l Launch) Cluster(blocks int) {
 	l.c.config.num_attributes = 0
