@@ -159,6 +159,7 @@ describe: $(BIN)/grpcurl ## List and describe a daemon's service by grpcurl, and
 include gpu/cuda/cuda.mk
 
 include client/python/python.mk
+include benchmark/benchmark.mk
 
 E2E := $(abspath $(TMP))/e2e
 E2E_CONFIG := telemetry/e2e/config.json

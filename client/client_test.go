@@ -441,6 +441,40 @@ func TestOwnEndpoint(t *testing.T) {
 	}
 }
 
+// An engine may know the sockets' folder by another path than the daemon.
+func TestEndpointInAnotherFolder(t *testing.T) {
+	t.Parallel()
+	daemon, worker := newFake(t), newFake(t)
+	socket := strings.TrimPrefix(worker.serveUnix(), "unix://")
+	target := daemon.serveUnix()
+	beside := filepath.Join(filepath.Dir(strings.TrimPrefix(target, "unix://")), "worker")
+	if err := os.Symlink(socket, beside); err != nil {
+		t.Fatal(err)
+	}
+	daemon.opened.Endpoint = "unix:///folder/of/the/daemon/worker"
+	c, err := client.Dial(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	s, err := c.Open(t.Context(), client.OpenOptions{Geometry: geometry})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	arrived := func() bool {
+		worker.mu.Lock()
+		defer worker.mu.Unlock()
+		return len(worker.streams) == 1
+	}
+	for !arrived() {
+		if state, err := s.State(); state != client.StateLive {
+			t.Fatalf("the stream did not arrive at the worker: %v", err)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // claim takes the descriptor that a registration names, as a daemon would.
 func (f *fake) claim(r *twilightv1.RegisterRegion) int {
 	f.t.Helper()

@@ -42,7 +42,8 @@ type Config struct {
 	// token candidates, whatever their score.
 	PinFirstChunk   bool `json:"pin_first_chunk"`
 	PinCurrentChunk bool `json:"pin_current_chunk"`
-	// DenseBelow is the number of valid tokens below which rows are dense.
+	// DenseBelow is the number of valid tokens below which rows are dense. With -1, ByCost, a GPU has those
+	// dense, step by step, for which that is as fast, and the host device none.
 	DenseBelow int `json:"dense_below"`
 	// POver says of what top_p's p is a share: of the candidates' weight, or of the estimated weight of
 	// all tokens.
@@ -77,6 +78,9 @@ const (
 	// PerQueryHead: everything for each query head.
 	PerQueryHead Group = "per_query_head"
 )
+
+// ByCost is the DenseBelow that leaves the choice to the device.
+const ByCost = -1
 
 // POver is what p is a share of.
 type POver string
@@ -201,8 +205,8 @@ func (c *Config) ownFaults() error {
 		"group is %q, expected %q or %q", c.Group, Union, PerQueryHead)
 	expect(slices.Contains(c.POver.Values(), string(c.POver)), "p_over",
 		"p_over is %q, expected %q or %q", c.POver, OverCandidates, OverAll)
-	expect(c.DenseBelow >= 0 && c.DenseBelow <= math.MaxInt32, "dense_below",
-		"dense_below is %d, expected 0..%d tokens", c.DenseBelow, math.MaxInt32)
+	expect(c.DenseBelow >= ByCost && c.DenseBelow <= math.MaxInt32, "dense_below",
+		"dense_below is %d, expected 0..%d tokens, or %d to go by costs", c.DenseBelow, math.MaxInt32, ByCost)
 	expect(c.Coverage >= 0 && c.Coverage <= 1, "coverage",
 		"coverage is %v, expected a share of softmax weight in (0, 1], or 0 to go by the selector's budget", c.Coverage)
 	expect(c.CoverageFloor >= 0 && c.CoverageFloor <= math.MaxInt32, "coverage_floor",

@@ -183,7 +183,7 @@ func TestParseRefuses(t *testing.T) {
 
 		"group":         {`{"group": "per_head"}`, "group", `"per_head", expected "union" or "per_query_head"`, fault.Invalid},
 		"p_over":        {`{"p_over": ""}`, "p_over", `expected "candidates" or "all"`, fault.Invalid},
-		"dense_below":   {`{"dense_below": -1}`, "dense_below", "expected 0..", fault.Invalid},
+		"dense_below":   {`{"dense_below": -2}`, "dense_below", "expected 0..", fault.Invalid},
 		"p of 0":        {`{"weight_pruner": {"type": "top_p", "threshold": 0}}`, "weight_pruner.threshold", "(0, 1]", fault.Invalid},
 		"no t":          {`{"weight_pruner": {"type": "threshold"}}`, "weight_pruner.threshold", "missing", fault.Invalid},
 		"token_budget":  {`{"selector": {"type": "quest", "token_budget": 0}}`, "selector.token_budget", "expected 1..", fault.Invalid},

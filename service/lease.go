@@ -77,6 +77,7 @@ func (l *lease) serve(stream leaseStream) error {
 			case requests <- arrival{req, l.telemetry.Received()}:
 			case <-ctx.Done():
 				l.telemetry.Dropped()
+				broken <- ctx.Err()
 				return
 			}
 		}

@@ -698,3 +698,48 @@ func TestAnotherUser(t *testing.T) {
 	}
 	released(t, fake)
 }
+
+// goneStream brings one request, of an engine that is gone by then.
+type goneStream struct {
+	leaseStream
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+func (s *goneStream) Context() context.Context { return s.ctx }
+
+func (s *goneStream) Recv() (*twilightv1.LeaseRequest, error) {
+	s.cancel()
+	return layer(1), nil
+}
+
+func (s *goneStream) Send(*twilightv1.LeaseResponse) error { return s.ctx.Err() }
+
+// A stream that ends while a request comes in ends its lease, whether the request was still served or not.
+func TestStreamEndsUnderRequest(t *testing.T) {
+	t.Parallel()
+	device := newFake()
+	s := start(t, Config{}, device)
+	for range 100 {
+		l, err := s.newLease(t.Context(), 1, openRequest(), device)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() {
+			l.stream = &goneStream{ctx: ctx, cancel: cancel}
+			ended <- l.serve(l.stream)
+			l.close()
+		}()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("ended with %v", err)
+			}
+		case <-time.After(deadline):
+			t.Fatal("the lease goes on")
+		}
+	}
+	released(t, device)
+}

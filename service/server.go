@@ -239,6 +239,12 @@ func (s *Server) Drain(ctx context.Context) error {
 // stopOpening tells everybody that the service ends.
 func (s *Server) stopOpening(ctx context.Context) {
 	s.health.Shutdown()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.state.Swap(stopping) == stopping {
+		return
+	}
+	s.config.Telemetry.Draining()
 	for _, r := range s.config.Remotes {
 		s.background.Go(func() {
 			ctx, cancel := context.WithTimeout(ctx, s.config.DrainGrace+stopTimeout)
@@ -246,12 +252,6 @@ func (s *Server) stopOpening(ctx context.Context) {
 			r.Drain(ctx)
 		})
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.state.Swap(stopping) == stopping {
-		return
-	}
-	s.config.Telemetry.Draining()
 	for _, l := range s.leases {
 		// Not waited for: an engine that does not read must not hold up the others.
 		if l.stream == nil {

@@ -27,6 +27,8 @@ func TestDashboard(t *testing.T) {
 	}
 	l.BeginStep(context.Background(), l.Received(), &Step{Cache: 1, ID: 2})
 	l.EndStep(&kv.IndexStats{}, &Failure{Code: "internal"})
+	told.GPU("GPU-1", true, true)
+	told.EndedWorker("ended")
 	answer := httptest.NewRecorder()
 	told.Handler(Admin{}).ServeHTTP(answer, httptest.NewRequest("GET", "/metrics", nil))
 	scraped := answer.Body.String()

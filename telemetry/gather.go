@@ -27,8 +27,9 @@ type Source struct {
 	t   *Telemetry
 	ask Ask
 
-	mu   sync.Mutex
-	last []sample
+	mu     sync.Mutex
+	number uint64 // of the report that last is of
+	last   []sample
 }
 
 // Gather adds a source. A nil Telemetry returns one that is asked for nothing.
@@ -51,7 +52,7 @@ func (s *Source) Refresh(ctx context.Context) error {
 // End takes leave of a source. What it counted until its last report, or that given, if any, stays counted.
 func (s *Source) End(report []byte) {
 	if r, err := decode(report); err == nil {
-		s.keep(r.Samples)
+		s.keep(r)
 	}
 	if s.t == nil {
 		return
@@ -80,14 +81,17 @@ func (s *Source) report(ctx context.Context, sequence uint64) (*report, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.keep(r.Samples)
+	s.keep(r)
 	return r, nil
 }
 
-func (s *Source) keep(samples []sample) {
+// keep keeps a report, unless a later one was faster: counters do not go back.
+func (s *Source) keep(r *report) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = samples
+	if r.Number > s.number {
+		s.number, s.last = r.Number, r.Samples
+	}
 }
 
 // gather asks all sources at once. Of one that does not answer in time only what it counted last is told.
@@ -122,6 +126,7 @@ func (t *Telemetry) gather(ctx context.Context, sequence uint64) (samples []samp
 
 // report is what a process tells of itself.
 type report struct {
+	Number  uint64 // 1 is the first of the process
 	Samples []sample
 	Leases  []byte // JSON, in which what is empty stays so
 }
@@ -163,11 +168,15 @@ type keyValue struct {
 // Report is what another process may Gather: all that is counted here, and the leases, of which sequence
 // chooses whose budget is told, as in Snapshot.
 func (t *Telemetry) Report(ctx context.Context, sequence uint64) ([]byte, error) {
+	var r report
+	t.reporting.Lock()
+	t.reports++
+	r.Number = t.reports
 	own, err := t.metrics.Produce(ctx)
+	t.reporting.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	var r report
 	if r.Leases, err = json.Marshal(t.leaseSnapshots(sequence)); err != nil {
 		return nil, err
 	}
@@ -295,10 +304,12 @@ func latest(all []seen, bounds []float64) []seen {
 	return kept
 }
 
+// samples are copies.
 func (s *sums) samples() []sample {
 	list := make([]sample, len(s.order))
 	for i, p := range s.order {
 		list[i] = *p
+		list[i].Buckets, list[i].Exemplars = slices.Clone(p.Buckets), slices.Clone(p.Exemplars)
 	}
 	return list
 }

@@ -63,6 +63,9 @@ type Telemetry struct {
 	leases  map[*Lease]struct{}
 	sources map[*Source]struct{}
 	ended   sums // what sources counted that are no more
+
+	reporting sync.Mutex
+	reports   uint64
 }
 
 // Start sets telemetry up by the standard variables of OpenTelemetry:

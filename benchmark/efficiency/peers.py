@@ -2,7 +2,7 @@
 """Times decode attention of one layer on one GPU: FlashInfer, torch SDPA and a Triton kernel, all dense, beside
 Twilight's own dense and sparse kernels and its whole way through the service. One table, one run, one card.
 
-    peers.py [--bin FOLDER] [--shapes 32/32x16x32768,32/8x16x32768/64] [--out peers.json]
+    peers.py [--bin FOLDER] [--shapes 32/32x16x32768,32/8x16x32768/64] [--served ...] [--out peers.json]
 
 A shape is QUERY_HEADS/KV_HEADSxBATCHxTOKENS[/PAGE_SIZE], in fp16 with a head size of 128. FOLDER holds
 twilightd, twilight-worker, twilight and cuda.test; without it the peers are timed alone. Peers that are not
@@ -12,8 +12,9 @@ Sequences have pages of their own, dealt at random. Peers read normal data, whic
 Twilight reads what `twilight bench --help` describes, and compares with its own dense kernel on the same. A
 CUDA graph holds a call a layer, on layers that no cache holds, one behind another; a figure is the median of the
 replays over their layers, in microseconds. FlashInfer's is that of its better kernel, planned outside of the
-time. Twilight's kernels run back to back likewise; "service" is what an engine waits for a layer, a message and
-an answer each, tensors in lent memory.
+time. Twilight's kernels run back to back likewise; "chosen" is the path that its device takes by itself. "service"
+is what an engine waits for a layer, a message and an answer each, tensors in lent memory, under MPS where that is
+installed.
 """
 
 import argparse
@@ -282,10 +283,9 @@ def served(folder, shapes, rounds):
     """Twilight through a daemon, by shape."""
     with tempfile.TemporaryDirectory() as out, mps() as env:
         target = f"unix://{out}/s"
-        # A lease may take half of what is for shadows: two configs are timed in turn.
+        # Each process takes channels of the MPS server, of which there are few.
         daemon = subprocess.Popen(
-            [folder / "twilightd", "--listen", target, "--backend", "cuda", "--gpu-leases", "2", "--log-level", "error"],
-            env=env,
+            [folder / "twilightd", "--listen", target, "--backend", "cuda", "--spares", "0", "--log-level", "error"], env=env
         )
         try:
             reports = {}
@@ -297,6 +297,7 @@ def served(folder, shapes, rounds):
                     check=True, stdout=subprocess.PIPE, env=env,
                 )
                 reports[shape.text] = json.loads(run.stdout)
+                time.sleep(1)  # until the last shape's workers have ended
             return reports
         finally:
             daemon.terminate()
@@ -311,8 +312,8 @@ def table(report):
     header = ["heads", "page", "tokens", "batch", "FlashInfer", "SDPA", "Triton"]
     ours = "chained" in report
     if ours:
-        header += ["dense", "of read", "sparse", "of read", "x FlashInfer", "x dense", "service dense", "service sparse",
-                   "kept", "true mass"]
+        header += ["dense", "of read", "sparse", "of read", "chosen", "x FlashInfer", "x dense", "service dense",
+                   "service sparse", "kept", "true mass"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     for text, times in report["peers"].items():
         s = Shape(text)
@@ -321,11 +322,11 @@ def table(report):
                  us(flashinfer), us(times.get("sdpa")), us(times.get("triton"))]
         if ours:
             row = report["chained"][text]
-            dense, sparse = report["served"][text]["results"]
-            cells += [us(row["dense_us"]), f"{row['dense_of_read']:.2f}", us(row["sparse_us"]), f"{row['sparse_of_read']:.2f}",
-                      f"{flashinfer / row['sparse_us']:.2f}" if flashinfer else "", f"{row['dense_us'] / row['sparse_us']:.2f}",
-                      us(dense["service_us"]["median"]), us(sparse["service_us"]["median"]),
-                      f"{row['kept']:.0f}", f"{sparse['true_mass']:.3f}"]
+            dense, sparse = report["served"][text]["results"] if text in report["served"] else (None, None)
+            cells += [us(row["dense_us"]), f"{row['dense_of_read']:.2f}", us(row["sparse_us"]), f"{row['sparse_of_read']:.2f}", row["choice"],
+                      f"{flashinfer / row['chosen_us']:.2f}" if flashinfer else "", f"{row['dense_us'] / row['chosen_us']:.2f}",
+                      us(dense and dense["service_us"]["median"]), us(sparse and sparse["service_us"]["median"]),
+                      f"{row['kept']:.0f}", sparse and f"{sparse['true_mass']:.3f}" or ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -334,23 +335,29 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, help="folder of twilight's commands and tests")
     parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--served", help="those of the shapes that go through the service; all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=pathlib.Path, help="where to write all figures as JSON")
     args = parser.parse_args()
     shapes = [Shape(text) for text in args.shapes.split(",")]
-    start = time.time()
-    found, absent = peers(shapes, args.rounds)
-    torch.cuda.empty_cache()  # the rest needs the memory
     report = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "absent": absent, "rounds": args.rounds, "peers": found,
+        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "rounds": args.rounds,
     }
+    start = time.time()
+
+    def save(**found):
+        report.update(found, seconds=time.time() - start)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1))
+
+    found, absent = peers(shapes, args.rounds)
+    save(peers=found, absent=absent)
+    torch.cuda.empty_cache()  # the rest needs the memory
     if args.bin:
-        report["chained"] = chained(args.bin, shapes, args.rounds)
-        report["served"] = served(args.bin, shapes, max(3, args.rounds // 3))
-    report["seconds"] = time.time() - start
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1))
+        save(chained=chained(args.bin, shapes, args.rounds))
+        through = [Shape(text) for text in (args.served or args.shapes).split(",")]
+        save(served=served(args.bin, through, max(3, args.rounds // 3)))
     print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}, service {'under' if report['mps'] else 'without'} MPS; "
           "microseconds a layer")
     for name, why in absent.items():

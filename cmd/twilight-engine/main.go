@@ -18,9 +18,9 @@ import (
 )
 
 func main() {
-	os.Exit(cli.Main(func(uuid string) (cli.GPU, error) {
+	os.Exit(cli.Main(func(uuid string, kind gpu.RegionKind) (cli.GPU, error) {
 		device, err := engine.Open(uuid)
-		return &lender{GPU: device, kind: gpu.CUDAIPC}, err
+		return &lender{GPU: device, kind: kind}, err
 	}))
 }
 

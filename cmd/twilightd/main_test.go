@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -33,6 +34,9 @@ const runVar = "TWILIGHTD_TEST_RUN"
 const deadline = time.Minute
 
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) == workerName {
+		os.Exit(brokenWorker())
+	}
 	if os.Getenv(runVar) != "" {
 		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 	}
@@ -294,6 +298,60 @@ func TestSecondSignal(t *testing.T) {
 	}
 }
 
+// workerName makes this test's binary, called by it, a worker that serves nothing.
+const workerName = "twilight-worker"
+
+// brokenWorker answers a list of GPUs by the file beside it of that name.
+func brokenWorker() int {
+	if os.Args[1] == "list" {
+		list, err := os.ReadFile(filepath.Join(filepath.Dir(os.Args[0]), "list"))
+		if fmt.Printf("%s", list); err == nil && list[0] == '[' {
+			return 0
+		}
+	}
+	fmt.Println("broken")
+	return exitFailed
+}
+
+// worker is the program of a brokenWorker.
+func worker(t *testing.T, list string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), workerName)
+	self, err := os.Executable()
+	if err == nil {
+		err = os.Symlink(self, path)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(filepath.Dir(path), "list"), []byte(list), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// A GPU that cannot be used is told, beside the devices that can.
+func TestUnusableGPU(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(tempDir(t), "t.sock")
+	p := launch(t, "--listen", "unix://"+path, "--worker", worker(t, `[{"uuid": "GPU-1", "name": "Blank", "memory_bytes": 8589934592}]`))
+	p.says("worker did not start")
+	p.says("serving")
+	told, err := twilightv1.NewTwilightServiceClient(dial(t, "unix://"+path)).GetCapabilities(t.Context(), &twilightv1.GetCapabilitiesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	devices := told.GetDevices()
+	if len(devices) != 2 || devices[0].GetId() != "host" || devices[0].Mps != nil || devices[1].GetId() != "GPU-1" ||
+		devices[1].GetShadowBytesTotal() != 4<<30 || !strings.Contains(devices[1].GetUnusable(), "broken") {
+		t.Errorf("devices %v", devices)
+	}
+	p.signal(syscall.SIGTERM)
+	if state := p.exit(); state.ExitCode() != 0 {
+		t.Errorf("exit: %v", state)
+	}
+}
+
 func TestTCP(t *testing.T) {
 	t.Parallel()
 	p := launch(t, "--listen", "tcp://127.0.0.1:0", "--insecure-tcp")
@@ -354,6 +412,12 @@ func TestExitCodes(t *testing.T) {
 		{[]string{"--listen", unix, "--shadow-limit", "8GB"}, exitUsage, "8GiB"},
 		{[]string{"--listen", unix, "--drain-timeout", "8s"}, exitUsage, "--drain-timeout"},
 		{[]string{"--listen", unix, "--workers=-1"}, exitUsage, "--workers"},
+		{[]string{"--listen", unix, "--spares=-1"}, exitUsage, "--spares"},
+		{[]string{"--listen", unix, "--gpu-leases=0"}, exitUsage, "--gpu-leases"},
+		{[]string{"--listen", unix, "--backend", "host,tpu"}, exitUsage, "--backend"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", filepath.Join(dir, "none")}, exitFailed, "--backend cuda"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", worker(t, "[]")}, exitFailed, "no GPU is visible"},
+		{[]string{"--listen", unix, "--backend", "cuda", "--worker", worker(t, "no driver")}, exitFailed, "no driver"},
 		{[]string{"--listen", unix, "--log-level", "loud"}, exitUsage, "--log-level"},
 		{[]string{"--settings", file}, exitUsage, "configuration file"},
 		{[]string{"--listen", "unix://" + file}, exitFailed, "no socket"},

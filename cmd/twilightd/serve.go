@@ -78,11 +78,13 @@ func serve(ctx context.Context, o *options, logger *slog.Logger) error {
 		device := host.New(host.Options{
 			Methods: all, Workers: o.Workers, ShadowBytes: uint64(o.ShadowLimit), Log: logger,
 		})
-		defer device.Close() // Drain does, if it comes to that
 		config.Devices = []gpu.Device{device}
 	}
 	server, err := service.New(config)
 	if err != nil {
+		for _, d := range config.Devices {
+			err = errors.Join(err, d.Close())
+		}
 		return err
 	}
 	signaled, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)

@@ -23,11 +23,14 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 	"github.com/twilight-sidecar/twilight/pipeline/methods"
 )
 
 var (
-	table  = flag.String("table", "", "shapes that TestTable times: QUERY_HEADS/KV_HEADSxBATCHxTOKENS[/PAGE_SIZE], separated by commas")
+	table = flag.String("table", "", "shapes that TestTable times, separated by commas: "+
+		"QUERY_HEADS/KV_HEADSxBATCHxTOKENS[/PAGE_SIZE[/TOKENS of every other sequence]]")
+	chain  = flag.Bool("chain", false, "time the chain of kernels in place of the fused one")
 	force  = flag.String("force", "", "CLUSTERxTHREADS of the fused kernel; its own choice")
 	rounds = flag.Int("rounds", 15, "timings of a shape, of which the median is printed")
 	lines  = flag.String("lines", "", "file to which TestTable writes what it prints, a JSON object a line")
@@ -43,7 +46,11 @@ type bench struct {
 }
 
 func newBench(t *testing.T) *bench {
-	b := &bench{t: t, device: newDevice(t)}
+	o := Options{}
+	if *chain {
+		o.FusedFrom = -1
+	}
+	b := &bench{t: t, device: newDeviceOf(t, o)}
 	var err error
 	if b.engine, err = engine.Open(""); err != nil {
 		t.Fatal(err)
@@ -77,14 +84,13 @@ func TestTable(t *testing.T) {
 	}
 	b := newBench(t)
 	fmt.Printf("%s, reading %.0f GB/s; medians of %d\n", b.device.name, b.reading/1e9, *rounds)
-	fmt.Println("heads    batch  tokens page   dense us  of read | sparse us   spread  of read  times  kept mean (sd) [range]  candidates  blocks a row  call us")
+	fmt.Println("heads batch  tokens  short page | dense us  read | sparse us       spread  read | times | choice times | kept mean (sd) [range] | blocks a row | stages % | call us")
 	for shape := range strings.SplitSeq(*table, ",") {
-		var hq, hkv, batch, tokens int
-		page := 16
-		if n, err := fmt.Sscanf(shape, "%d/%dx%dx%d/%d", &hq, &hkv, &batch, &tokens, &page); n < 4 {
+		of := shapeOf{page: 16}
+		if n, err := fmt.Sscanf(shape, "%d/%dx%dx%d/%d/%d", &of.hq, &of.hkv, &of.batch, &of.tokens, &of.page, &of.short); n < 4 {
 			t.Fatalf("-table: %q: %v", shape, err)
 		}
-		b.row(hq, hkv, batch, tokens, page)
+		b.row(of)
 	}
 }
 
@@ -113,9 +119,20 @@ func timed(stream cu.Stream, f func() error) (float64, error) {
 	return ms * 1e3, errors.Join(err, cu.DestroyEvent(&events[0]), cu.DestroyEvent(&events[1]))
 }
 
-func (b *bench) row(hq, hkv, batch, tokens, page int) {
+// shapeOf is a batch to time. If short is not 0 every other sequence has only that many tokens.
+type shapeOf struct{ hq, hkv, batch, tokens, page, short int }
+
+func (o *shapeOf) length(sequence int) int {
+	if o.short > 0 && sequence%2 == 1 {
+		return o.short
+	}
+	return o.tokens
+}
+
+func (b *bench) row(of shapeOf) {
 	t := b.t
 	const dim = 128
+	hq, hkv, batch, tokens, page := of.hq, of.hkv, of.batch, of.tokens, of.page
 	pages := batch * tokens / page
 	order := make([]int32, pages)
 	for i, p := range rand.New(rand.NewPCG(1, 2)).Perm(pages) {
@@ -143,11 +160,15 @@ func (b *bench) row(hq, hkv, batch, tokens, page int) {
 	}
 	at := memory.Address()
 
-	step := &kv.Step{TableEntries: order}
+	step := &kv.Step{}
+	sum := 0 // of all sequences' tokens
 	for s := range batch {
+		n := of.length(s)
 		step.Sequences = append(step.Sequences, uint64(s+1))
-		step.Lengths = append(step.Lengths, int32(tokens))
-		step.TableCounts = append(step.TableCounts, uint32(tokens/page))
+		step.Lengths = append(step.Lengths, int32(n))
+		step.TableCounts = append(step.TableCounts, uint32(n/page))
+		step.TableEntries = append(step.TableEntries, data.Tables[s][:n/page]...)
+		sum += n
 	}
 	all, err := methods.New()
 	if err != nil {
@@ -216,11 +237,13 @@ func (b *bench) row(hq, hkv, batch, tokens, page int) {
 		d := &c.call.desc
 		once := func(i int) error {
 			*(*kernels.Layer)(l.block.Pointer()) = described[i]
-			if c.call.fused {
+			if c.call.fused && !c.call.dense {
 				return l.fused.run(c.call.plan, int(d.Rows))
 			}
-			return errors.Join(l.launches.queries.Run(ceilDiv(batch*hq, 4), 1),
-				l.dense[kv.F16].Run(int(d.Splits), int(d.Rows)), l.launches.combine.Run(batch*hq, 1))
+			if dense, ok := c.denseLaunch(); ok && !c.call.sparse {
+				return dense.Run(int(d.Splits), int(d.Rows))
+			}
+			return c.launch(i)
 		}
 		inner := max(layers, 4)
 		b.do(func() error {
@@ -246,32 +269,44 @@ func (b *bench) row(hq, hkv, batch, tokens, page int) {
 	}
 
 	_, dense, _, _ := run(`{}`)
-	c, sparse, calls, res := run(`{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
-		"weight_pruner": {"type": "top_p", "threshold": 0.95}}`)
-	var sum, square float64
+	const sparsely = `{"selector": {"type": "quest", "sparsity_rate": 0.25}, "weight_estimator": {"type": "min_max_quant"},
+		"weight_pruner": {"type": "top_p", "threshold": 0.95}, "dense_below": %d}`
+	c, sparse, calls, res := run(fmt.Sprintf(sparsely, 0))
+	var total, square float64
 	for _, k := range res.Kept {
-		sum += float64(k)
+		total += float64(k)
 		square += float64(k) * float64(k)
 	}
 	rows := float64(len(res.Kept))
-	mean := sum / rows
-	bytes := rows * (float64(tokens/16)*float64(kernels.BoundsBytes(dim)) + float64(res.Candidates[0])/16*float64(kernels.Int4Bytes(dim)) +
-		mean*2*dim*2 + float64(tokens/page*4))
+	mean := total / rows
+	bytes := float64(res.Read.Cache+res.Read.Shadow) + float64(hkv*sum/page*4)
 	median := func(us []float64) float64 { return us[len(us)/2] }
 	path := "chain"
 	if c.call.fused {
 		path = fmt.Sprintf("%d x %d", c.call.plan.cluster, c.lease.fused.variants[c.call.plan.variant].Threads)
 	}
+	chosen, choice := sparse, "sparse" // what goes by costs
+	switch from := c.crossover(); {
+	case from > tokens:
+		chosen, choice = dense, "dense"
+	case from > 0:
+		_, chosen, _, _ = run(fmt.Sprintf(sparsely, pipeline.ByCost))
+		choice = "both"
+	}
 	row := line{
-		QueryHeads: hq, KVHeads: hkv, Batch: batch, Tokens: tokens, PageSize: page,
-		Dense: median(dense), DenseRead: 2 * float64(plane) / median(dense) * 1e6 / b.reading,
+		QueryHeads: hq, KVHeads: hkv, Batch: batch, Tokens: tokens, PageSize: page, Short: of.short,
+		Dense: median(dense), DenseRead: 2 * float64(hkv*sum) * dim * 2 / median(dense) * 1e6 / b.reading,
 		Sparse: median(sparse), SparseRead: bytes / median(sparse) * 1e6 / b.reading, Bytes: bytes,
+		Choice: choice, Chosen: median(chosen),
 		Kept: mean, Candidates: int(res.Candidates[0]), Path: path, Call: float64(calls[len(calls)/2].Nanoseconds()) / 1e3,
 	}
-	fmt.Printf("%2d/%-2d %8d %8d %4d %9.1f %8.2f | %9.1f %4.1f%%-%4.1f%% %6.2f %6.2f  %8.0f (%.0f) [%d, %d]  %d  %s  %.0f\n",
-		hq, hkv, batch, tokens, page, row.Dense, row.DenseRead,
+	whole := float64(res.Timing.Select + res.Timing.Prune + res.Timing.Attend)
+	share := func(stage time.Duration) float64 { return 100 * float64(stage) / whole }
+	fmt.Printf("%2d/%-2d %5d %7d %6d %4d | %8.1f %5.2f | %8.1f %4.1f%%-%4.1f%% %5.2f | %5.2f | %-6s %5.2f | %5.0f (%.0f) [%d, %d] | %s | %2.0f %2.0f %2.0f | %.0f\n",
+		hq, hkv, batch, tokens, of.short, page, row.Dense, row.DenseRead,
 		row.Sparse, 100*(sparse[0]/row.Sparse-1), 100*(sparse[len(sparse)-1]/row.Sparse-1), row.SparseRead, row.Dense/row.Sparse,
-		mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), row.Candidates, path, row.Call)
+		choice, row.Dense/row.Chosen, mean, math.Sqrt(square/rows-mean*mean), slices.Min(res.Kept), slices.Max(res.Kept), path,
+		share(res.Timing.Select), share(res.Timing.Prune), share(res.Timing.Attend), row.Call)
 	if *lines != "" {
 		f, err := os.OpenFile(*lines, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 		if err == nil {
@@ -290,11 +325,14 @@ type line struct {
 	Batch      int     `json:"batch"`
 	Tokens     int     `json:"tokens"`
 	PageSize   int     `json:"page_size"`
+	Short      int     `json:"short,omitempty"` // tokens of every other sequence
 	Dense      float64 `json:"dense_us"`
 	DenseRead  float64 `json:"dense_of_read"`
 	Sparse     float64 `json:"sparse_us"`
 	SparseRead float64 `json:"sparse_of_read"`
 	Bytes      float64 `json:"sparse_bytes"`
+	Choice     string  `json:"choice"` // by costs
+	Chosen     float64 `json:"chosen_us"`
 	Kept       float64 `json:"kept"`
 	Candidates int     `json:"candidates"`
 	Path       string  `json:"path"`

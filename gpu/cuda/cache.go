@@ -15,6 +15,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
+	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
 // cache is a registered cache. The lease's lock guards it.
@@ -30,7 +31,7 @@ type cache struct {
 
 	shadow  buffer
 	charged uint64
-	scales  buffer // [layers][2][KVHeads]
+	fixed   buffer // of layers: scales, thresholds, channels
 	trained []int  // by layer: the level its heads were trained at, 0 before the first
 	work    []kv.ChunkWork
 	batch   batch
@@ -67,7 +68,6 @@ func (l *lease) newCache(ctx context.Context, p *plan) (*cache, error) {
 
 // allocate takes the cache's device memory, on the owner's thread.
 func (c *cache) allocate() error {
-	heads := c.lease.geometry.KVHeads
 	if err := c.shadow.reserve(max(int(c.charged), 1)); err != nil {
 		return err
 	}
@@ -75,29 +75,48 @@ func (c *cache) allocate() error {
 	if err := zero(c.shadow.ptr, int(c.charged), c.lease.stream); err != nil {
 		return err
 	}
-	if err := c.scales.reserve(len(c.layers) * 2 * heads * 4); err != nil {
-		return err
+	return c.fix()
+}
+
+// fix puts what stays the same of each layer on the device.
+func (c *cache) fix() error {
+	l, g := c.lease, &c.lease.geometry
+	var space carver
+	var data []byte
+	put := func(to *drv.Ptr, values []byte) {
+		*to = uint64(space.take(len(values)))
+		data = append(append(data, values...), make([]byte, space.used-len(data)-len(values))...)
 	}
-	var scales []float32
+	var addresses []*drv.Ptr
 	for i := range c.layers {
-		for j := range c.layers[i].planes {
-			c.layers[i].planes[j].Scales = c.scales.ptr + uint64(4*len(scales))
-			scales = append(scales, c.layers[i].scales[j]...)
+		layer := &c.layers[i]
+		for j := range layer.planes {
+			put(&layer.planes[j].Scales, bytesOf(layer.scales[j]))
+			addresses = append(addresses, &layer.planes[j].Scales)
+		}
+		put(&layer.thresholds, bytesOf(l.method.thresholds(layer.model, g.QueryHeads)))
+		addresses = append(addresses, &layer.thresholds)
+		if channels := l.method.labels(layer.model); channels != nil {
+			put(&layer.channels, bytesOf(channels))
+			addresses = append(addresses, &layer.channels)
 		}
 	}
-	if err := c.lease.out.reserve(4 * len(scales)); err != nil {
+	if err := errors.Join(c.fixed.reserve(len(data)), l.out.reserve(len(data))); err != nil {
 		return err
 	}
-	copy(c.lease.out.data, bytesOf(scales))
-	if err := upload(c.scales.ptr, c.lease.out.data[:4*len(scales)], c.lease.stream); err != nil {
+	for _, address := range addresses {
+		*address += c.fixed.ptr
+	}
+	copy(l.out.data, data)
+	if err := upload(c.fixed.ptr, l.out.data[:len(data)], l.stream); err != nil {
 		return err
 	}
-	return c.lease.wait()
+	return l.wait()
 }
 
 // release gives the cache's device memory back, on the owner's thread.
 func (c *cache) release() error {
-	return errors.Join(c.shadow.free(), c.scales.free(), c.batch.free())
+	return errors.Join(c.shadow.free(), c.fixed.free(), c.batch.free())
 }
 
 func (c *cache) liesIn(m *memory) bool {
@@ -119,6 +138,9 @@ func (c *cache) Step(ctx context.Context, step *kv.Step) error {
 	}
 	c.stepped = true
 	c.batch.note(step)
+	if c.lease.method.config.DenseBelow == pipeline.ByCost {
+		c.batch.crossover = c.crossover()
+	}
 	return nil
 }
 
@@ -214,6 +236,10 @@ type training struct{ row, level int }
 // pending takes what the layer has to index, and what to train before: on the first sequence to reach
 // the highest level, if none reached it before.
 func (c *cache) pending(i int) (t training) {
+	c.work = c.work[:0]
+	if c.layers[i].slot == noSlot {
+		return t
+	}
 	t.level = c.trained[i]
 	for b, row := range c.tracker.Rows() {
 		if level := c.lease.method.level(row.Len - row.First); level > t.level {
@@ -225,7 +251,6 @@ func (c *cache) pending(i int) (t training) {
 	} else {
 		c.tracker.Invalidate(i)
 	}
-	c.work = c.work[:0]
 	if c.lease.method.indexes() {
 		c.work = c.tracker.Pending(c.work, i)
 	}
@@ -240,12 +265,15 @@ type batch struct {
 	columns       buffer // lengths, first, bad: [3][B]
 	tables        buffer // [rows][stride], and V's behind it if they differ
 	chunkIDs      buffer // [rows][chunkStride], where they do not follow from pages
+	carry         buffer // what layers leave to later ones, where the method wants that
 	rows, stride  int    // of tables
 	chunkStride   int
 	valuesDiffer  bool
 	current       bool     // the device has all of it
+	checked       bool     // and has checked it
 	placed        []placed // by row
 	longest, most int      // tokens, pages
+	crossover     int      // valid tokens from which rows are to be sparse, where costs decide
 }
 
 // placed says what a row of tables holds: the first n entries of a sequence's table.
@@ -273,7 +301,7 @@ func (t *batch) note(s *kv.Step) {
 		}
 	}
 	clear(t.placed[len(rows):])
-	t.current = false
+	t.current, t.checked = false, false
 }
 
 // put brings the device up to date, on the owner's thread.
@@ -305,6 +333,11 @@ func (t *batch) put() error {
 		}
 	}
 	t.chunkStride = (t.longest + kv.ChunkTokens - 1) / kv.ChunkTokens
+	if l.method.selects == kernels.SelectCarried {
+		if err := t.carry.reserve(t.carryLayout(&kernels.Layer{})); err != nil {
+			return err
+		}
+	}
 
 	ids := t.cache.spec.PageSize%kv.ChunkTokens != 0
 	var space carver
@@ -364,7 +397,11 @@ func (t *batch) put() error {
 			return err
 		}
 	}
-	return l.wait() // the staging memory is used again
+	if err := l.wait(); err != nil { // the staging memory is used again
+		return err
+	}
+	t.current = true
+	return nil
 }
 
 // fill puts the batch's addresses into d.
@@ -382,10 +419,25 @@ func (t *batch) fill(d *kernels.Layer) {
 	}
 	d.Batch = int32(n)
 	d.TableStride, d.ChunkStride = int32(t.stride), int32(t.chunkStride)
+	if t.carry.size > 0 {
+		t.carryLayout(d)
+	}
+}
+
+// carryLayout puts the addresses of what layers leave to later ones into d, and returns its size.
+func (t *batch) carryLayout(d *kernels.Layer) int {
+	l := t.cache.lease
+	lists := len(t.cache.tracker.Rows()) * l.geometry.QueryHeads / l.asking()
+	var space carver
+	d.CarryLayers = t.carry.ptr + uint64(space.take(4*lists))
+	d.CarryCounts = t.carry.ptr + uint64(space.take(4*lists))
+	d.CarryChunks = t.carry.ptr + uint64(space.take(4*lists*t.chunkStride))
+	d.CarryMasks = t.carry.ptr + uint64(space.take(2*lists*t.chunkStride))
+	return space.used
 }
 
 func (t *batch) free() error {
-	return errors.Join(t.columns.free(), t.tables.free(), t.chunkIDs.free())
+	return errors.Join(t.columns.free(), t.tables.free(), t.chunkIDs.free(), t.carry.free())
 }
 
 func ceilPower(n int) int { return 1 << bits.Len(uint(max(n, 1)-1)) }
@@ -397,19 +449,30 @@ func int32s(b []byte) []int32 {
 
 // shadowAddresses puts the addresses of a layer's records into d.
 func (c *cache) shadowAddresses(i int, d *kernels.Layer) {
-	g, m := &c.lease.geometry, &c.lease.method
-	heads, chunks := len(c.layers)*g.KVHeads, c.chunks
+	g, m, slot := &c.lease.geometry, &c.lease.method, c.layers[i].slot
+	if slot == noSlot {
+		return
+	}
+	heads, chunks := indexed(c.layers)*g.KVHeads, c.chunks
 	at := c.shadow.ptr
 	part := func(perHead int) (address drv.Ptr) {
-		address = at + uint64(i*g.KVHeads*perHead)
+		address = at + uint64(slot*g.KVHeads*perHead)
 		at += uint64(heads * perHead)
 		return address
 	}
-	if m.estimates == kernels.EstimateInt4 {
+	if m.estimates != kernels.EstimateExact {
 		d.Mean = part(4 * g.KDim)
 		d.Spread = part(4 * g.KDim)
 		d.Reach = part(4 * g.KDim)
+	}
+	switch m.estimates {
+	case kernels.EstimateInt4:
 		d.Int4 = part(chunks * kernels.Int4Bytes(g.KDim))
+	case kernels.EstimateCodes:
+		d.Codes = part(chunks * kernels.CodeBytes(g.KDim, m.codeBits, m.symmetric))
+	}
+	if m.ranks == kernels.RankLabels {
+		d.Labels = part(chunks * kernels.CodeBytes(m.labelDim, m.labelBits, false))
 	}
 	if m.selects == kernels.SelectQuest {
 		d.Bounds = part(chunks * kernels.BoundsBytes(g.KDim))

@@ -49,8 +49,10 @@ type Device struct {
 	uuid    string
 	name    string
 	sms     int
-	owner   *owner
-	kernels *kernels.Kernels
+	// bandwidth of the memory, in bytes a second: what reading reaches.
+	bandwidth float64
+	owner     *owner
+	kernels   *kernels.Kernels
 
 	mu          sync.Mutex
 	closed      bool
@@ -73,6 +75,9 @@ func New(o Options) (*Device, error) {
 	}
 	if err == nil {
 		d.sms, err = device.Attribute(cu.MultiprocessorCount)
+	}
+	if err == nil {
+		d.bandwidth, err = bandwidth(device)
 	}
 	if err != nil {
 		return nil, drv.Wrap("cuDeviceGet", err)
@@ -97,6 +102,17 @@ func New(o Options) (*Device, error) {
 	return d, nil
 }
 
+// bandwidth is what reading reaches, in bytes a second.
+func bandwidth(device cu.Device) (float64, error) {
+	clock, err := device.Attribute(cu.MemoryClockRate) // kHz
+	if err != nil {
+		return 0, err
+	}
+	width, err := device.Attribute(cu.GlobalMemoryBusWidth) // bits
+	const both, reached = 2, .92                            // edges of the clock; of the peak
+	return both * float64(clock) * 1e3 * float64(width) / 8 * reached, err
+}
+
 // Info implements gpu.Device.
 func (d *Device) Info() gpu.Info {
 	d.mu.Lock()
@@ -115,9 +131,9 @@ func (d *Device) Info() gpu.Info {
 		HeadSizes:        sizes,
 		MaxHeadSize:      kernels.MaxDim,
 		MaxGroup:         kernels.MaxGroup,
-		Selectors:        []string{"none", "quest"},
-		Estimators:       []string{"none", "min_max_quant"},
-		Pruners:          []string{"none", "top_p"},
+		Selectors:        slices.Clone(selectors),
+		Estimators:       slices.Clone(estimators),
+		Pruners:          slices.Clone(pruners),
 		Compressors:      []string{"none"},
 		Kernels:          d.kernelNames(),
 		Regions:          []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM, gpu.CUDAFabric},
@@ -160,11 +176,18 @@ func (d *Device) ShadowBytesPerToken(g *kv.Geometry, cfg *pipeline.Config) (floa
 	if err != nil {
 		return 0, err
 	}
-	return m.bytesPerToken(g), nil
+	layers := 0
+	for layer := range g.Layers {
+		if !m.pipeline.Skips(layer) {
+			layers++
+		}
+	}
+	return m.bytesPerToken(g, layers), nil
 }
 
-func (m *method) bytesPerToken(g *kv.Geometry) float64 {
-	return float64(g.Layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
+// bytesPerToken is what a token takes of some layers that are not skipped.
+func (m *method) bytesPerToken(g *kv.Geometry, layers int) float64 {
+	return float64(layers*g.KVHeads*m.chunkBytes(g.KDim)) / kv.ChunkTokens
 }
 
 // Open implements gpu.Device.

@@ -39,7 +39,9 @@ type fusedPlan struct {
 // newFused prepares the fused kernels that fit a lease, none if there are none.
 func newFused(l *lease) (f fused) {
 	g, m := &l.geometry, &l.method
-	if m.selects != kernels.SelectQuest || m.estimates != kernels.EstimateInt4 || m.config.POver != pipeline.OverCandidates || g.KDim != g.VDim {
+	least, most := m.limited.Budget()
+	if m.selects != kernels.SelectQuest || m.estimates != kernels.EstimateInt4 || m.prunes == kernels.PruneThreshold ||
+		least > 0 || most > 0 || m.config.POver != pipeline.OverCandidates || m.config.UseEstimatedWeights || g.KDim != g.VDim {
 		return f
 	}
 	f.clusters = make(map[shape]int)
@@ -51,6 +53,11 @@ func newFused(l *lease) (f fused) {
 	return f
 }
 
+// serves tells whether there are variants for caches of a type.
+func (f *fused) serves(dtype kv.DType) bool {
+	return slices.ContainsFunc(f.variants, func(v fusedVariant) bool { return v.DType == dtype })
+}
+
 // suits tells whether a kernel made for up to so many asking heads is the one to use.
 func suits(heads, asking int) bool {
 	return asking <= heads && (heads == kernels.HeadsATile || asking > kernels.HeadsATile)
@@ -59,8 +66,7 @@ func suits(heads, asking int) bool {
 // plan decides how to run the call's rows, false if the chain is to.
 func (f *fused) plan(c *cache) (p fusedPlan, ok bool, err error) {
 	l, a := c.lease, &c.call
-	if from := l.device.options.FusedFrom; len(f.variants) == 0 || from < 0 || c.batch.longest < from || !a.sparse ||
-		slices.Contains(a.paths, pipeline.Dense) || !c.tensorCores() {
+	if from := l.device.options.FusedFrom; len(f.variants) == 0 || from < 0 || c.batch.longest < from || !a.sparse || !c.tensorCores() {
 		return p, false, nil
 	}
 	rows, most := int(a.desc.Rows), 0

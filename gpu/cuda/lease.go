@@ -5,9 +5,6 @@ package cuda
 import (
 	"context"
 	"errors"
-	"fmt"
-	"math"
-	"slices"
 	"sync"
 	"unsafe"
 
@@ -16,7 +13,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
-	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/kv"
 )
 
@@ -53,8 +50,11 @@ var _ gpu.Lease = (*lease)(nil)
 
 // launches are the kernels, ready to be launched on the lease's stream.
 type launches struct {
-	check, train, index, queries, scores, choose, estimate, exact, cut, compact, attend, combine, expand, lists drv.Launch
-	all                                                                                                         []drv.Launch
+	check, train, index, queries                    drv.Launch
+	scores, rankQuery, rankKeys, rankLabels, choose drv.Launch
+	estimate, estimateCodes, exact, cut, compact    drv.Launch
+	attend, combine, audit, expand, lists           drv.Launch
+	all                                             []drv.Launch
 }
 
 // start takes what a lease needs of the driver, on the owner's thread.
@@ -80,13 +80,18 @@ func (l *lease) start() (err error) {
 		{&l.launches.index, k.Index, 128},
 		{&l.launches.queries, k.Queries, 128},
 		{&l.launches.scores, k.Scores, 128},
+		{&l.launches.rankQuery, k.RankQuery, kernels.MaxDim},
+		{&l.launches.rankKeys, k.RankKeys, 128},
+		{&l.launches.rankLabels, k.RankLabels, 128},
 		{&l.launches.choose, k.Select, 512},
 		{&l.launches.estimate, k.Estimate, 128},
+		{&l.launches.estimateCodes, k.EstimateCodes, 128},
 		{&l.launches.exact, k.Exact, 128},
 		{&l.launches.cut, k.Cut, 512},
 		{&l.launches.compact, k.Compact, 512},
 		{&l.launches.attend, attend, 128},
 		{&l.launches.combine, k.Combine, 128},
+		{&l.launches.audit, k.Audit, 256},
 		{&l.launches.expand, k.Expand, 256},
 		{&l.launches.lists, k.Lists, 256},
 	} {
@@ -210,46 +215,46 @@ type plan struct {
 	shadow  uint64
 }
 
-func (l *lease) plan(spec *gpu.CacheSpec) (*plan, error) {
+func (l *lease) plan(of *gpu.CacheSpec) (*plan, error) {
 	g, limits := &l.geometry, &l.device.options.Limits
-	p := &plan{spec: spec, tracker: kv.TrackerConfig{
-		PageSize: spec.PageSize, NumPages: spec.NumPages, NullPage: spec.NullPage, Layers: g.Layers,
-		MaxTokens: spec.MaxTokens, MaxBatch: limits.Batch, MaxSequenceTokens: limits.SequenceTokens,
+	p := &plan{spec: of, tracker: kv.TrackerConfig{
+		PageSize: of.PageSize, NumPages: of.NumPages, NullPage: of.NullPage, Layers: g.Layers,
+		MaxTokens: of.MaxTokens, MaxBatch: limits.Batch, MaxSequenceTokens: limits.SequenceTokens,
 	}}
 	var err error
 	if p.chunks, err = p.tracker.NumChunks(); err != nil {
 		return nil, err
 	}
-	if p.layers, err = l.layers(spec); err != nil {
+	if p.layers, err = l.layers(of); err != nil {
 		return nil, err
 	}
 	head, chunk := uint64(l.method.headBytes(g.KDim)), uint64(l.method.chunkBytes(g.KDim))
-	p.shadow = mul(uint64(g.Layers*g.KVHeads), add(head, mul(uint64(p.chunks), chunk)))
+	p.shadow = spec.Mul(uint64(indexed(p.layers)*g.KVHeads), spec.Add(head, spec.Mul(uint64(p.chunks), chunk)))
 	return p, nil
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (total uint64, perToken float64, err error) {
+func (l *lease) ShadowBytes(of *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return 0, 0, errClosed
 	}
-	p, err := l.plan(spec)
+	p, err := l.plan(of)
 	if err != nil {
 		return 0, 0, err
 	}
-	return p.shadow, l.method.bytesPerToken(&l.geometry), nil
+	return p.shadow, l.method.bytesPerToken(&l.geometry, indexed(p.layers)), nil
 }
 
 // NewCache implements gpu.Lease.
-func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, error) {
+func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	p, err := l.plan(spec)
+	p, err := l.plan(of)
 	if err != nil {
 		return nil, err
 	}
@@ -264,55 +269,3 @@ func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, e
 	l.caches[c] = struct{}{}
 	return c, nil
 }
-
-// checkGeometry refuses what has no meaning and what no kernel takes.
-func checkGeometry(g *kv.Geometry) error {
-	for _, f := range []struct {
-		name  string
-		value int
-		min   int
-	}{{"num_layers", g.Layers, 1}, {"kv_heads", g.KVHeads, 1}, {"query_heads", g.QueryHeads, g.KVHeads}} {
-		if f.value < f.min || f.value > math.MaxInt32 {
-			return fault.Newf(fault.Invalid, f.name, "%d must be in [%d, 2^31)", f.value, f.min)
-		}
-	}
-	for _, d := range []struct {
-		name string
-		dim  int
-	}{{"k_dim", g.KDim}, {"v_dim", g.VDim}} {
-		if d.dim < 1 || d.dim > kernels.MaxDim || d.dim%kernels.DimStep != 0 {
-			return fault.Newf(fault.Unsupported, d.name,
-				"%d is not served: use a multiple of %d up to %d", d.dim, kernels.DimStep, kernels.MaxDim)
-		}
-	}
-	switch {
-	case g.QueryHeads%g.KVHeads != 0:
-		return fault.Newf(fault.Invalid, "query_heads", "%d must be a multiple of kv_heads, %d", g.QueryHeads, g.KVHeads)
-	case g.Group() > kernels.MaxGroup:
-		return fault.Newf(fault.Unsupported, "query_heads",
-			"%d for %d KV heads make a group of more than %d", g.QueryHeads, g.KVHeads, kernels.MaxGroup)
-	case g.Scale == 0 || !finite(g.Scale):
-		return fault.Newf(fault.Invalid, "softmax_scale", "%v must be finite and not 0", g.Scale)
-	case !(g.Softcap >= 0) || !finite(g.Softcap):
-		return fault.Newf(fault.Invalid, "logit_softcap", "%v must be finite, and 0 or more", g.Softcap)
-	case g.Sinks != nil && len(g.Sinks) != g.QueryHeads:
-		return fault.Newf(fault.Invalid, "sinks",
-			"%d must be none or one for each of the %d query heads", len(g.Sinks), g.QueryHeads)
-	case !slices.Contains(queryDTypes, g.Query):
-		return fault.Newf(fault.Unsupported, "query_dtype", "%v is not served: use one of %v", g.Query, queryDTypes)
-	case !(g.QueryScale > 0) || !finite(g.QueryScale):
-		return fault.Newf(fault.Invalid, "query_scale", "%v must be finite and positive", g.QueryScale)
-	case g.QueryScale != 1 && g.Query != kv.F8E4M3:
-		return fault.Newf(fault.Invalid, "query_scale", "%v is for fp8 queries: use 1 with %v", g.QueryScale, g.Query)
-	case g.Output == kv.F8E4M3 || !slices.Contains(queryDTypes, g.Output):
-		return fault.Newf(fault.Unsupported, "output_dtype", "%v is not served: use fp32, fp16 or bf16", g.Output)
-	}
-	for i, s := range g.Sinks {
-		if !finite(s) {
-			return fault.Newf(fault.Invalid, fmt.Sprintf("sinks[%d]", i), "%v must be finite", s)
-		}
-	}
-	return nil
-}
-
-func finite(f float32) bool { return f-f == 0 }

@@ -98,18 +98,18 @@ func explainOpen(err error) error {
 		return fault.Newf(fault.Precondition, field,
 			"the driver takes the memory for the daemon's own, as both processes have the same id in their "+
 				"namespaces: set shareProcessNamespace, or hostPID")
-	case drv.InvalidValue, drv.InvalidHandle:
-		return fault.Newf(fault.DataLoss, field,
-			"the handle names no live memory: lend memory that is still allocated; what a pool or virtual memory "+
-				"management holds (expandable segments, sleep mode) has no such handle, lend its chunks as cuda_vmm")
 	case drv.NotSupported, drv.NotPermitted:
 		return fault.Newf(fault.Unsupported, field,
 			"the driver shares no memory between processes here (%v), as under MIG and WSL: use a whole GPU on Linux", code)
 	case drv.OutOfMemory:
 		return fault.Newf(fault.Exhausted, field, "the GPU has no room to map the memory: lend less")
-	default:
+	}
+	if code.Sticky() {
 		return explain(err)
 	}
+	return fault.Newf(fault.DataLoss, field,
+		"the handle names no live memory (%v): lend memory that is still allocated; what a pool or virtual memory "+
+			"management holds (expandable segments, sleep mode) has no such handle, lend its chunks as cuda_vmm", code)
 }
 
 // mapChunks maps physical chunks side by side. What fails in between is undone.

@@ -13,6 +13,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
@@ -42,6 +43,8 @@ type layerCall struct {
 	paths     []pipeline.Path
 	reasons   []pipeline.Reason
 	sparse    bool      // any row runs sparsely
+	dense     bool      // any row runs densely
+	audited   []int32   // b*Hkv + KV head of what is computed densely, too
 	keepMost  int       // candidate chunks of a sparse row
 	outBytes  int       // of an inline output
 	back      back      // where results lie
@@ -51,7 +54,7 @@ type layerCall struct {
 
 // back says where the results of a call lie, from the start of the buffer that is copied back.
 type back struct {
-	badQuery, flags, kept, candidates, mass, coverage, output, drifted, end int
+	badQuery, flags, kept, candidates, mass, coverage, cycles, audits, output, drifted, end int
 }
 
 // run runs a layer, on the owner's thread.
@@ -60,10 +63,12 @@ func (c *cache) run(i int, req *gpu.LayerRequest, res *gpu.LayerResult) error {
 		Candidates: res.Candidates[:0], Kept: res.Kept[:0], Paths: res.Paths[:0], Reasons: res.Reasons[:0],
 		Lists: res.Lists[:0], Truncated: res.Truncated[:0], Output: res.Output[:0],
 		Mass: res.Mass[:0], Coverage: res.Coverage[:0],
+		Audited: res.Audited[:0], TrueMass: res.TrueMass[:0], OutputError: res.OutputError[:0],
 	}
 	a := &c.call
 	*a = layerCall{
 		req: req, res: res, rows: c.tracker.Rows(), paths: a.paths[:0], reasons: a.reasons[:0], scratch: a.scratch[:0],
+		audited: a.audited[:0],
 	}
 	c.describe(i)
 	if req.Query != nil {
@@ -112,24 +117,16 @@ func (c *cache) describe(i int) {
 		PageSize: int32(c.spec.PageSize), NumPages: int32(c.spec.NumPages), NullPage: c.spec.NullPage,
 		Chunks: int32(c.chunks), PageShift: -1,
 		CacheDType: int32(c.spec.DType), QueryDType: int32(g.Query), OutputDType: int32(g.Output),
-		Selects: m.selects, Estimates: m.estimates, Prunes: m.prunes,
 		SoftmaxScale: g.Scale, Softcap: g.Softcap, QueryScale: g.QueryScale,
 	}
 	if page := uint(c.spec.PageSize); page&(page-1) == 0 {
 		d.PageShift = int32(bits.TrailingZeros(page))
 	}
-	if layer.aligned {
-		d.Aligned = 1
+	d.Aligned = truth(layer.aligned)
+	if layer.slot != noSlot {
+		m.describe(d, layer.model)
 	}
-	if m.config.POver == pipeline.OverAll {
-		d.OverAll = 1
-	}
-	if m.config.PinFirstChunk {
-		d.PinFirst = 1
-	}
-	if m.config.PinCurrentChunk {
-		d.PinCurrent = 1
-	}
+	d.Thresholds, d.Channels = layer.thresholds, layer.channels
 	c.shadowAddresses(i, d)
 }
 
@@ -137,23 +134,12 @@ func (c *cache) describe(i int) {
 func (c *cache) prepare(i int) error {
 	l, a := c.lease, &c.call
 	g, req, batch := &l.geometry, a.req, len(a.rows)
-	if len(req.P) != 0 && len(req.P) != batch {
-		return fault.Newf(fault.Invalid, "p", "%d values must be none or one for each of the %d sequences", len(req.P), batch)
+	if err := spec.Overrides(req, batch); err != nil {
+		return err
 	}
-	for b, p := range req.P {
-		if !(p >= 0 && p <= 1) {
-			return fault.Newf(fault.Invalid, fmt.Sprintf("p[%d]", b), "%v must be in [0, 1]", p)
-		}
-	}
-	if len(req.TokenBudget) != 0 && len(req.TokenBudget) != batch {
-		return fault.Newf(fault.Invalid, "token_budget",
-			"%d values must be none or one for each of the %d sequences", len(req.TokenBudget), batch)
-	}
-
 	if vector := g.KDim * g.Query.Size(); req.Query.Memory == nil {
-		if size := batch * g.QueryHeads * vector; len(req.Query.Inline) != size {
-			return fault.Newf(fault.Invalid, "query_inline", "%d bytes must be %d, those of [%d, %d, %d] in %v",
-				len(req.Query.Inline), size, batch, g.QueryHeads, g.KDim, g.Query)
+		if err := spec.Inline(req.Query.Inline, batch, g.QueryHeads, g.KDim, g.Query, "query_inline"); err != nil {
+			return err
 		}
 		a.query = tensor{0, int64(g.QueryHeads * vector), int64(vector)}
 	} else {
@@ -170,15 +156,24 @@ func (c *cache) prepare(i int) error {
 	}
 	for b := range a.rows {
 		row := &a.rows[b]
-		path, reason := l.method.path(c.layers[i].model, row)
+		path, reason := l.method.path(c.layers[i].model, row, c.batch.crossover)
 		a.paths, a.reasons = append(a.paths, path), append(a.reasons, reason)
 		a.copyLists += row.Len - row.First
+		for head := range g.KVHeads {
+			of := pipeline.Row{Layer: c.layers[i].model, KVHead: head, Len: row.Len}
+			if path != pipeline.Void && l.method.config.Audits(&of, b) {
+				a.audited = append(a.audited, int32(b*g.KVHeads+head))
+			}
+		}
+		if path == pipeline.Dense {
+			a.dense = true
+		}
 		if path != pipeline.Sparse {
 			continue
 		}
 		a.sparse = true
-		keep, all := l.method.chunks(row, c.budget(b))
-		a.keepMost = max(a.keepMost, keep, l.method.pins(all))
+		_, chunks := l.method.budget(row, c.budget(b))
+		a.keepMost = max(a.keepMost, chunks)
 	}
 	a.copyLists *= g.QueryHeads / l.asking()
 	return nil
@@ -222,8 +217,8 @@ func (c *cache) prepareLists() error {
 	if buffer == nil {
 		return nil
 	}
-	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
-		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
+	if err := spec.ListCapacity(buffer); err != nil {
+		return err
 	}
 	const entry = 4
 	size := uint64(a.desc.Rows) * entry
@@ -292,16 +287,18 @@ func (c *cache) reserve() error {
 	a.back = back{
 		badQuery: results.take(8), flags: results.take(4 * batch * g.KVHeads), kept: results.take(4 * rows),
 		candidates: results.take(4 * rows), mass: results.take(4 * queries), coverage: results.take(4 * queries),
+		cycles: results.take(8 * 3), audits: results.take(8 * len(a.audited) * g.Group()),
 		output:  results.take(a.outBytes),
 		drifted: results.take(4),
 	}
 	a.back.end = results.used
-	results.take(4 * len(c.work)) // drift, work by work, stays behind
+	// What stays behind: drift, work by work, and rows' tickets.
+	results.take(4 * len(c.work))
+	tickets := results.take(4 * rows)
 
 	d.FusedOwn, d.FusedCap, d.CandidateStride = int32(a.plan.room), int32(a.plan.capacity), int32(a.keepMost)
-	if a.req.ListsOnly {
-		d.ListsOnly = 1
-	}
+	d.ListsOnly, d.OnlyDense = truth(a.req.ListsOnly), truth(a.fused)
+	d.Audits, d.AuditStride = int32(len(a.audited)), d.ChunkStride*kv.ChunkTokens
 	var scratch carver
 	a.scratch = a.scratch[:0]
 	place := func(to *uint64, size int) {
@@ -310,35 +307,52 @@ func (c *cache) reserve() error {
 	}
 	tokens, chunks := a.keepMost*kv.ChunkTokens, int(d.ChunkStride)
 	inlineLists := a.req.Lists && a.req.ListBuffer == nil
-	switch {
-	case a.req.Query == nil:
-	case a.fused:
-		if a.req.Lists || a.req.ListBuffer != nil {
-			place(&d.KeptMasks, rows*chunks*2)
-			place(&d.Lists, rows*tokens*4)
-		}
-	default:
+	if c.asksQueries() {
 		place(&d.Q, queries*g.KDim*4)
 		place(&d.QBounds, queries*g.KDim*8)
 		place(&d.QInt4, queries*g.KDim*4)
 		place(&d.QSums, queries*16)
-		if a.sparse {
-			place(&d.Scores, rows*chunks*4)
-			place(&d.HeadBounds, rows*asking*chunks*4)
-			place(&d.Candidates, rows*a.keepMost*4)
-			place(&d.NumCandidates, rows*4)
-			place(&d.Logits, rows*asking*tokens*4)
-			place(&d.Cuts, rows*asking*kernels.CutBytes)
+	}
+	if c.attends() {
+		// As many blocks as run at once. A row takes fewer if there is not work enough.
+		d.Splits = int32(max(1, l.device.sms*attendBlocks/max(rows, 1)))
+		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
+	}
+	switch {
+	case a.req.Query == nil || !a.sparse:
+	case a.fused:
+		if a.wantsLists() {
+			place(&d.KeptMasks, rows*chunks*2)
 			place(&d.Lists, rows*tokens*4)
 		}
-		// As many blocks as run at once, each with work enough to be worth it.
-		const leastTokens = 64
-		fill := l.device.sms * attendBlocks / max(rows, 1)
-		d.Splits = int32(max(1, min(fill, ceilDiv(c.batch.longest, leastTokens))))
-		place(&d.Partial, rows*int(d.Splits)*asking*(g.VDim+2)*4)
+	default:
+		if l.method.ranksTokens() {
+			place(&d.QRank, rows*g.KDim*4)
+			place(&d.Scores, rows*chunks*kv.ChunkTokens*4)
+		} else {
+			place(&d.Scores, rows*chunks*4)
+			place(&d.HeadBounds, rows*asking*chunks*4)
+		}
+		place(&d.Candidates, rows*a.keepMost*4)
+		place(&d.CandidateMasks, rows*a.keepMost*2)
+		place(&d.NumCandidates, rows*4)
+		place(&d.Logits, rows*asking*tokens*4)
+		place(&d.FirstLogits, rows*asking*4)
+		place(&d.Cuts, rows*asking*kernels.CutBytes)
+		place(&d.Lists, rows*tokens*4)
+		if d.MinBudget > 0 || d.MaxBudget > 0 {
+			place(&d.Shares, rows*tokens*4)
+		}
+		if d.UseEstimates != 0 {
+			place(&d.ListAt, rows*tokens*4)
+		}
+	}
+	if len(a.audited) > 0 {
+		place(&d.AuditLogits, len(a.audited)*g.Group()*int(d.AuditStride)*4)
 	}
 	if inlineLists && a.req.Query != nil {
 		place(&d.OutLists, 4*a.copyLists)
+		d.OutRoom = uint64(a.copyLists)
 	}
 	err := errors.Join(l.results.reserve(results.used), l.scratch.reserve(scratch.used), l.back.reserve(results.used))
 	if err != nil {
@@ -351,8 +365,9 @@ func (c *cache) reserve() error {
 	d.BadQuery, d.Flags, d.Kept = at+uint64(a.back.badQuery), at+uint64(a.back.flags), at+uint64(a.back.kept)
 	d.CandidateTokens = at + uint64(a.back.candidates)
 	d.Mass, d.Coverage = at+uint64(a.back.mass), at+uint64(a.back.coverage)
+	d.StageCycles, d.AuditResults = at+uint64(a.back.cycles), at+uint64(a.back.audits)
 	d.Drifted = at + uint64(a.back.drifted)
-	d.DriftFlags = at + uint64(a.back.end)
+	d.DriftFlags, d.Tickets = at+uint64(a.back.end), at+uint64(tickets)
 	if a.outBytes > 0 {
 		d.Output = at + uint64(a.back.output)
 	}
@@ -365,33 +380,35 @@ func (c *cache) sendInputs() error {
 	d, batch := &a.desc, len(a.rows)
 	var inputs carver
 	at := [...]int{
-		inputs.take(4 * batch), inputs.take(8 * batch), inputs.take(4 * batch), inputs.take(16 * len(c.work)), 0,
+		inputs.take(4 * batch), inputs.take(8 * batch), inputs.take(4 * batch), inputs.take(16 * len(c.work)),
+		inputs.take(4 * len(a.audited)), 0,
 	}
 	inline := a.req.Query != nil && a.req.Query.Memory == nil
 	if inline {
-		at[4] = inputs.take(len(a.req.Query.Inline))
+		at[5] = inputs.take(len(a.req.Query.Inline))
 	}
 	if err := errors.Join(l.inputs.reserve(inputs.used), l.out.reserve(inputs.used)); err != nil {
 		return err
 	}
 	base, out := l.inputs.ptr, l.out.data
 	d.Paths, d.P, d.Budgets = base+uint64(at[0]), base+uint64(at[1]), base+uint64(at[2])
-	d.Work = base + uint64(at[3])
+	d.Work, d.Audited = base+uint64(at[3]), base+uint64(at[4])
 	d.Queries, d.QueryRow, d.QueryHead = a.query.at, a.query.row, a.query.head
 	if inline {
-		d.Queries = base + uint64(at[4])
-		copy(out[at[4]:], a.req.Query.Inline)
+		d.Queries = base + uint64(at[5])
+		copy(out[at[5]:], a.req.Query.Inline)
 	}
 	for b, path := range a.paths {
 		binary.NativeEndian.PutUint32(out[at[0]+4*b:], uint32(path))
-		p := l.method.p
-		if len(a.req.P) > 0 && a.req.P[b] > 0 {
+		p := 0.0
+		if len(a.req.P) > 0 {
 			p = float64(a.req.P[b])
 		}
 		binary.NativeEndian.PutUint64(out[at[1]+8*b:], math.Float64bits(p))
-		keep, _ := l.method.chunks(&a.rows[b], c.budget(b))
-		binary.NativeEndian.PutUint32(out[at[2]+4*b:], uint32(keep))
+		amount, _ := l.method.budget(&a.rows[b], c.budget(b))
+		binary.NativeEndian.PutUint32(out[at[2]+4*b:], uint32(amount))
 	}
+	copy(out[at[4]:], bytesOf(a.audited))
 	works := int32s(out[at[3]:][:16*len(c.work)])
 	for i, w := range c.work {
 		works[4*i], works[4*i+1], works[4*i+2] = int32(w.Row), int32(w.Chunk), w.ID
@@ -417,7 +434,7 @@ func (c *cache) launch(i int) error {
 		}
 	}
 	mark(stageIndex)
-	if !c.batch.current {
+	if !c.batch.checked {
 		k.check.Set(1, d.Bad)
 		run(k.check, len(a.rows), 1)
 	}
@@ -430,7 +447,7 @@ func (c *cache) launch(i int) error {
 	run(k.index, ceilDiv(len(c.work)*int(d.KVHeads), warps), 1)
 	mark(stageSelect)
 	if err == nil {
-		c.batch.current = true
+		c.batch.checked = true
 		if a.training.level > 0 {
 			c.trained[i] = a.training.level
 		}
@@ -444,49 +461,94 @@ func (c *cache) launch(i int) error {
 
 	rows := int(d.Rows)
 	if a.fused {
-		mark(stagePrune)
-		mark(stageAttend)
 		if err == nil {
 			err = l.fused.run(a.plan, rows)
 		}
-		if d.OutLists != 0 {
+		mark(stagePrune)
+		mark(stageAttend)
+		if a.wantsLists() {
 			run(k.expand, rows, 1)
-			run(k.lists, rows, 1)
 		}
-		mark(stages)
-		return err
 	}
-	run(k.queries, ceilDiv(len(a.rows)*int(d.QueryHeads), warps), 1)
-	if a.sparse {
-		if d.Selects == kernels.SelectQuest {
-			run(k.scores, ceilDiv(int(d.ChunkStride), warps*16), rows)
-		}
-		run(k.choose, rows, 1)
+	if c.asksQueries() {
+		run(k.queries, ceilDiv(len(a.rows)*int(d.QueryHeads), warps), 1)
 	}
-	mark(stagePrune)
-	if a.sparse {
-		if d.Estimates == kernels.EstimateInt4 {
-			run(k.estimate, min(ceilDiv(a.keepMost, warps), 64), rows)
-		} else {
-			run(k.exact, min(ceilDiv(a.keepMost*kv.ChunkTokens, warps), 256), rows)
-		}
-		run(k.cut, rows*int(d.Asking), 1)
-		run(k.compact, rows, 1)
+	if !a.fused {
+		c.launchChain(run, mark)
 	}
-	mark(stageAttend)
-	if !a.req.ListsOnly {
-		attend := k.attend
-		if dense, ok := l.dense[c.spec.DType]; ok && c.tensorCores() {
-			attend = dense
-		}
-		run(attend, int(d.Splits), rows)
+	switch dense, ok := c.denseLaunch(); {
+	case !c.attends():
+	case ok:
+		run(dense, int(d.Splits), rows)
+	default:
+		run(k.attend, int(d.Splits), rows)
 		run(k.combine, len(a.rows)*int(d.QueryHeads), 1)
 	}
 	if d.OutLists != 0 {
 		run(k.lists, rows, 1)
 	}
 	mark(stages)
+	run(k.audit, len(a.audited)*l.geometry.Group(), 1)
 	return err
+}
+
+// launchChain runs the kernels that make the rows' lists.
+func (c *cache) launchChain(run func(launch drv.Launch, x, y int), mark func(stage int)) {
+	l, a := c.lease, &c.call
+	d, k := &a.desc, &l.launches
+	const warps = 4
+	rows := int(d.Rows)
+	if a.sparse {
+		switch {
+		case d.Selects == kernels.SelectQuest:
+			run(k.scores, ceilDiv(int(d.ChunkStride), warps*16), rows)
+		case d.Ranks == kernels.RankLabels:
+			run(k.rankQuery, rows, 1)
+			run(k.rankLabels, min(ceilDiv(int(d.ChunkStride)*kv.ChunkTokens, 128), 64), rows)
+		case d.Ranks != kernels.RankNone:
+			run(k.rankQuery, rows, 1)
+			run(k.rankKeys, min(ceilDiv(int(d.ChunkStride)*kv.ChunkTokens, warps*4), 256), rows)
+		}
+		run(k.choose, rows, 1)
+	}
+	mark(stagePrune)
+	if a.sparse {
+		switch d.Estimates {
+		case kernels.EstimateInt4:
+			run(k.estimate, min(ceilDiv(a.keepMost+1, warps), 64), rows)
+		case kernels.EstimateCodes:
+			run(k.estimateCodes, min(ceilDiv(a.keepMost+1, warps), 64), rows)
+		default:
+			run(k.exact, min(ceilDiv((a.keepMost+1)*kv.ChunkTokens, warps), 256), rows)
+		}
+		run(k.cut, rows*int(d.Asking), 1)
+		run(k.compact, rows, 1)
+	}
+	mark(stageAttend)
+}
+
+// attends tells whether rows are attended over by a kernel of its own.
+func (c *cache) attends() bool {
+	a := &c.call
+	return a.req.Query != nil && !a.req.ListsOnly && (!a.fused || a.dense)
+}
+
+// asksQueries tells whether a kernel of its own has to look at the queries.
+func (c *cache) asksQueries() bool {
+	a := &c.call
+	_, alone := c.denseLaunch()
+	return a.req.Query != nil && (!a.fused && a.sparse || (a.dense || !a.sparse) && (!alone || a.req.ListsOnly))
+}
+
+// denseLaunch is the attention kernel on the tensor cores, if it can serve the call.
+func (c *cache) denseLaunch() (drv.Launch, bool) {
+	launch, ok := c.lease.dense[c.spec.DType]
+	return launch, ok && c.tensorCores() && c.call.desc.UseEstimates == 0
+}
+
+// wantsLists tells whether anybody looks at the lists of a layer that runs in the fused kernel.
+func (a *layerCall) wantsLists() bool {
+	return a.req.Lists || a.req.ListBuffer != nil || len(a.audited) > 0
 }
 
 // collect turns what came back into the answer.
@@ -561,7 +623,11 @@ func (c *cache) collect(i int) error {
 			res.Truncated = append(res.Truncated, uint32(r))
 		}
 		total += int(kept)
+		if path != pipeline.Dense || r%perKV == 0 { // lists of a KV head that are dense are one
+			c.countRead(row, path, uint64(candidates), uint64(kept))
+		}
 	}
+	c.collectAudits()
 	if !known {
 		res.Mass = res.Mass[:0]
 	}
@@ -570,9 +636,67 @@ func (c *cache) collect(i int) error {
 	}
 	res.Output = append(res.Output, data[a.back.output:][:a.outBytes]...)
 	if a.req.Lists && a.req.ListBuffer == nil {
-		return c.fetchLists(total)
+		return c.fetchLists(min(total, a.copyLists))
 	}
 	return nil
+}
+
+// countRead adds what a list row read, by what the methods' records hold: a selector reads the records of
+// all chunks, an estimator those of its candidates, or their keys if it keeps no records; attention reads keys
+// and values, but no keys whose logits are known.
+func (c *cache) countRead(row *kv.SeqRow, path pipeline.Path, candidates, kept uint64) {
+	g, read := &c.lease.geometry, &c.call.res.Read
+	k, v := uint64(g.KDim*c.spec.DType.Size()), uint64(g.VDim*c.spec.DType.Size())
+	if c.call.req.ListsOnly {
+		v = 0
+	}
+	switch path {
+	case pipeline.Void:
+		return
+	case pipeline.Dense:
+		if !c.call.req.ListsOnly {
+			read.Cache += kept * (k + v)
+		}
+		return
+	case pipeline.Sparse:
+	}
+	selector, estimator := c.lease.method.pipeline.Shadows()
+	if selector != nil {
+		read.Shadow += uint64(selector.HeadBytes(g.KDim) + len(row.Chunks)*selector.ChunkBytes(g.KDim))
+	}
+	if estimator == nil {
+		read.Cache += candidates*k + kept*v
+		return
+	}
+	read.Shadow += uint64(estimator.HeadBytes(g.KDim)) + candidates*uint64(estimator.ChunkBytes(g.KDim))/kv.ChunkTokens
+	if !c.call.req.ListsOnly {
+		read.Cache += kept * (k + v)
+	}
+}
+
+// collectAudits reads what audits found. A row that was dense holds all the attention without error.
+func (c *cache) collectAudits() {
+	l, a := c.lease, &c.call
+	group := l.geometry.Group()
+	found := l.back.data[a.back.audits:]
+	for i, row := range a.audited {
+		switch a.res.Paths[int(row)*group/l.asking()] {
+		case pipeline.Void:
+			continue
+		case pipeline.Dense:
+			for h := range group {
+				a.res.Audited = append(a.res.Audited, uint32(int(row)*group+h))
+				a.res.TrueMass, a.res.OutputError = append(a.res.TrueMass, 1), append(a.res.OutputError, 0)
+			}
+		case pipeline.Sparse:
+			for h := range group {
+				at := 8 * (i*group + h)
+				a.res.Audited = append(a.res.Audited, uint32(int(row)*group+h))
+				a.res.TrueMass = append(a.res.TrueMass, math.Float32frombits(binary.NativeEndian.Uint32(found[at:])))
+				a.res.OutputError = append(a.res.OutputError, math.Float32frombits(binary.NativeEndian.Uint32(found[at+4:])))
+			}
+		}
+	}
 }
 
 // fetchLists copies the lists, which lie one behind another.
@@ -611,5 +735,26 @@ func (c *cache) collectTiming() error {
 		}
 		*to = time.Duration(ms * float64(time.Millisecond))
 	}
+	if c.call.fused {
+		c.splitTiming(t)
+	}
 	return nil
+}
+
+// splitTiming spreads the time of the fused kernel over its stages, as its rows spent their cycles. It stands
+// in Select.
+func (c *cache) splitTiming(t *gpu.Timing) {
+	var cycles [3]float64
+	sum := 0.0
+	for i := range cycles {
+		cycles[i] = float64(binary.NativeEndian.Uint64(c.lease.back.data[c.call.back.cycles+8*i:]))
+		sum += cycles[i]
+	}
+	if sum == 0 {
+		return
+	}
+	took := float64(t.Select)
+	t.Select = time.Duration(took * cycles[0] / sum)
+	t.Prune += time.Duration(took * cycles[1] / sum)
+	t.Attend += time.Duration(took * cycles[2] / sum)
 }

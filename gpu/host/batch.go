@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
@@ -50,7 +51,7 @@ func (c *cache) locateBatch(b *lentBatch, from *gpu.DeviceBatch) (err error) {
 		data    *[]byte
 	}{
 		{from.Lengths, rows, entryBytes, "lengths", &b.lengths},
-		{from.Table, mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
+		{from.Table, spec.Mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
 		{from.Slots, uint64(from.NumSlots), slotBytes, "slots", &b.slots},
 		{from.FirstValid, rows, entryBytes, "first_valid", &b.first},
 	} {
@@ -58,7 +59,7 @@ func (c *cache) locateBatch(b *lentBatch, from *gpu.DeviceBatch) (err error) {
 			continue
 		}
 		b.extents[i], *part.data, err = c.lease.locate(part.at.Memory, part.at.Offset,
-			mul(part.n, uint64(part.element)), part.element, part.name)
+			spec.Mul(part.n, uint64(part.element)), part.element, part.name)
 		if err != nil {
 			return err
 		}

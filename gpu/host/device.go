@@ -15,6 +15,7 @@ import (
 	"github.com/viterin/vek/vek32"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
@@ -27,6 +28,8 @@ const (
 
 // dtypes are those of caches and queries.
 var dtypes = []kv.DType{kv.F32, kv.F16, kv.BF16, kv.F8E4M3}
+
+var served = spec.Limits{DTypes: dtypes, MaxDim: maxHeadSize, DimStep: 1, MaxGroup: maxGroup}
 
 // Options configure a device.
 type Options struct {

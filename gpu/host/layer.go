@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
@@ -140,19 +141,9 @@ func (c *cache) run(ctx context.Context, a *call) error {
 func (c *cache) prepare(a *call) error {
 	l, g, r := c.lease, &c.lease.geometry, a.request
 	batch := len(a.rows)
-	if len(r.P) != 0 && len(r.P) != batch {
-		return fault.Newf(fault.Invalid, "p", "%d values must be none or one for each of the %d sequences", len(r.P), batch)
+	if err := spec.Overrides(r, batch); err != nil {
+		return err
 	}
-	for b, p := range r.P {
-		if !(p >= 0 && p <= 1) {
-			return fault.Newf(fault.Invalid, fmt.Sprintf("p[%d]", b), "%v must be in [0, 1]", p)
-		}
-	}
-	if len(r.TokenBudget) != 0 && len(r.TokenBudget) != batch {
-		return fault.Newf(fault.Invalid, "token_budget",
-			"%d values must be none or one for each of the %d sequences", len(r.TokenBudget), batch)
-	}
-
 	var err error
 	if a.query, err = l.tensor(r.Query, batch, g.QueryHeads, g.KDim, g.Query, &queryField); err != nil {
 		return err
@@ -202,8 +193,8 @@ func (c *cache) prepareLists(a *call, batch int) (err error) {
 	if buffer == nil {
 		return nil
 	}
-	if buffer.Capacity < 1 || buffer.Capacity > math.MaxInt32 {
-		return fault.Newf(fault.Invalid, "list_buffer.capacity", "%d entries must be in [1, 2^31)", buffer.Capacity)
+	if err := spec.ListCapacity(buffer); err != nil {
+		return err
 	}
 	size := uint64(batch*c.lease.geometry.KVHeads*c.lease.lists) * entryBytes
 	for _, p := range []struct {

@@ -4,15 +4,13 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
-	"math"
-	"math/bits"
 	"slices"
 	"sync"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pipeline"
@@ -57,7 +55,7 @@ func (s *scratch) keyBuffer(n int) []float32 {
 
 // newLease checks that the device serves g by cfg. The lease is not yet open.
 func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) {
-	if err := checkGeometry(g); err != nil {
+	if err := served.Geometry(g); err != nil {
 		return nil, fault.In("geometry", err)
 	}
 	p, err := pipeline.New(cfg, g)
@@ -76,55 +74,6 @@ func (d *Device) newLease(g *kv.Geometry, cfg *pipeline.Config) (*lease, error) 
 		l.lists = g.Group()
 	}
 	return l, nil
-}
-
-func checkGeometry(g *kv.Geometry) error {
-	for _, f := range []struct {
-		name     string
-		value    int
-		min, max int
-		kind     fault.Kind
-	}{
-		{"num_layers", g.Layers, 1, math.MaxInt32, fault.Invalid},
-		{"kv_heads", g.KVHeads, 1, math.MaxInt32, fault.Invalid},
-		{"query_heads", g.QueryHeads, g.KVHeads, math.MaxInt32, fault.Invalid},
-		{"k_dim", g.KDim, 1, maxHeadSize, fault.Unsupported},
-		{"v_dim", g.VDim, 1, maxHeadSize, fault.Unsupported},
-	} {
-		if f.value < f.min || f.value > f.max {
-			return fault.Newf(f.kind, f.name, "%d must be in [%d, %d]", f.value, f.min, f.max)
-		}
-	}
-	scale := float64(g.Scale)
-	switch {
-	case g.QueryHeads%g.KVHeads != 0:
-		return fault.Newf(fault.Invalid, "query_heads",
-			"%d must be a multiple of kv_heads, %d", g.QueryHeads, g.KVHeads)
-	case g.Group() > maxGroup:
-		return fault.Newf(fault.Unsupported, "query_heads",
-			"%d for %d KV heads make a group of more than %d", g.QueryHeads, g.KVHeads, maxGroup)
-	case scale == 0 || math.IsNaN(scale) || math.IsInf(scale, 0):
-		return fault.Newf(fault.Invalid, "softmax_scale", "%v must be finite and not 0", g.Scale)
-	case !(g.Softcap >= 0) || math.IsInf(float64(g.Softcap), 0):
-		return fault.Newf(fault.Invalid, "logit_softcap", "%v must be finite, and 0 or more", g.Softcap)
-	case g.Sinks != nil && len(g.Sinks) != g.QueryHeads:
-		return fault.Newf(fault.Invalid, "sinks",
-			"%d must be none or one for each of the %d query heads", len(g.Sinks), g.QueryHeads)
-	case !slices.Contains(dtypes, g.Query):
-		return fault.Newf(fault.Unsupported, "query_dtype", "%v is not served: use one of %v", g.Query, dtypes)
-	case !(g.QueryScale > 0) || math.IsInf(float64(g.QueryScale), 0):
-		return fault.Newf(fault.Invalid, "query_scale", "%v must be finite and positive", g.QueryScale)
-	case g.QueryScale != 1 && g.Query != kv.F8E4M3:
-		return fault.Newf(fault.Invalid, "query_scale", "%v is for fp8 queries: use 1 with %v", g.QueryScale, g.Query)
-	case !slices.Contains(dtypes, g.Output) || g.Output == kv.F8E4M3:
-		return fault.Newf(fault.Unsupported, "output_dtype", "%v is not served: use fp32, fp16 or bf16", g.Output)
-	}
-	for i, s := range g.Sinks {
-		if math.IsNaN(float64(s)) || math.IsInf(float64(s), 0) {
-			return fault.Newf(fault.Invalid, fmt.Sprintf("sinks[%d]", i), "%v must be finite", s)
-		}
-	}
-	return nil
 }
 
 // Import implements gpu.Lease.
@@ -204,14 +153,14 @@ func (l *lease) explain(err error, extents ...extent) error {
 }
 
 // ShadowBytes implements gpu.Lease.
-func (l *lease) ShadowBytes(spec *gpu.CacheSpec) (total uint64, perToken float64, err error) {
+func (l *lease) ShadowBytes(of *gpu.CacheSpec) (total uint64, perToken float64, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return 0, 0, errClosed
 	}
-	p, err := l.plan(spec)
-	return add(p.arena, p.state), l.bytesPerToken(p.indexed), err
+	p, err := l.plan(of)
+	return spec.Add(p.arena, p.state), l.bytesPerToken(p.indexed), err
 }
 
 // bytesPerToken is what a token takes of some layers that are not skipped.
@@ -224,13 +173,13 @@ func (l *lease) bytesPerToken(layers int) float64 {
 }
 
 // NewCache implements gpu.Lease.
-func (l *lease) NewCache(ctx context.Context, spec *gpu.CacheSpec) (gpu.Cache, error) {
+func (l *lease) NewCache(ctx context.Context, of *gpu.CacheSpec) (gpu.Cache, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(ctx); err != nil {
 		return nil, err
 	}
-	p, err := l.plan(spec)
+	p, err := l.plan(of)
 	if err != nil {
 		return nil, err
 	}
@@ -259,29 +208,29 @@ type plan struct {
 	taken  uint64 // and of the tracker, about
 }
 
-func (l *lease) plan(spec *gpu.CacheSpec) (plan, error) {
+func (l *lease) plan(of *gpu.CacheSpec) (plan, error) {
 	g, limits := &l.geometry, &l.device.options.Limits
 	p := plan{tracker: kv.TrackerConfig{
-		PageSize: spec.PageSize, NumPages: spec.NumPages, NullPage: spec.NullPage,
-		Layers: g.Layers, MaxTokens: spec.MaxTokens,
+		PageSize: of.PageSize, NumPages: of.NumPages, NullPage: of.NullPage,
+		Layers: g.Layers, MaxTokens: of.MaxTokens,
 		MaxBatch: limits.Batch, MaxSequenceTokens: limits.SequenceTokens,
 	}}
 	var err error
 	if p.chunks, err = p.tracker.NumChunks(); err != nil {
 		return p, err
 	}
-	if p.layers, err = l.layers(spec); err != nil {
+	if p.layers, err = l.layers(of); err != nil {
 		return p, err
 	}
 	p.indexed = indexed(p.layers)
 	chunks, heads := uint64(p.chunks), uint64(p.indexed*g.KVHeads)
 	for _, method := range []kv.Shadow{l.selector, l.estimator} {
 		head, chunk := recordBytes(method, g.KDim)
-		p.arena = add(p.arena, mul(heads, add(uint64(head), mul(chunks, uint64(chunk)))))
+		p.arena = spec.Add(p.arena, spec.Mul(heads, spec.Add(uint64(head), spec.Mul(chunks, uint64(chunk)))))
 	}
-	p.tokens = cmp.Or(spec.MaxTokens, spec.NumPages*spec.PageSize)
-	p.state = mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken(p.indexed)))
-	p.taken = add(add(p.arena, p.state), mul(chunks, uint64(6*g.Layers+10)))
+	p.tokens = cmp.Or(of.MaxTokens, of.NumPages*of.PageSize)
+	p.state = spec.Mul(uint64(p.tokens), uint64(l.pipeline.StateBytesPerToken(p.indexed)))
+	p.taken = spec.Add(spec.Add(p.arena, p.state), spec.Mul(chunks, uint64(6*g.Layers+10)))
 	return p, nil
 }
 
@@ -312,19 +261,4 @@ func (l *lease) newCache(p plan) (*cache, error) {
 	c.queryTask, c.windowTask, c.observeTask = c.readQuery, c.readObservation, c.observe
 	c.weighTask, c.shareTask, c.attendTask = c.weigh, c.share, c.attend
 	return c, nil
-}
-
-// add and mul are the sum and product, or the largest number if that overflows.
-
-func add(a, b uint64) uint64 {
-	sum, carry := bits.Add64(a, b, 0)
-	return sum | -carry
-}
-
-func mul(a, b uint64) uint64 {
-	high, low := bits.Mul64(a, b)
-	if high != 0 {
-		return math.MaxUint64
-	}
-	return low
 }

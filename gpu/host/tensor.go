@@ -1,9 +1,8 @@
 package host
 
 import (
-	"cmp"
-
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
 )
@@ -33,22 +32,12 @@ var (
 
 // tensor checks t, which field names.
 func (l *lease) tensor(t *gpu.Tensor, rows, heads, dim int, dtype kv.DType, field *tensorField) (tensor, error) {
-	vector := dim * dtype.Size()
 	if t.Memory == nil {
-		if size := rows * heads * vector; len(t.Inline) != size {
-			return tensor{}, fault.Newf(fault.Invalid, field.inline,
-				"%d bytes must be %d, those of [%d, %d, %d] in %v", len(t.Inline), size, rows, heads, dim, dtype)
-		}
-		return packed(t.Inline, heads, vector), nil
+		return packed(t.Inline, heads, dim*dtype.Size()), spec.Inline(t.Inline, rows, heads, dim, dtype, field.inline)
 	}
-	head := cmp.Or(t.HeadStride, uint64(vector))
-	row := cmp.Or(t.RowStride, mul(uint64(heads), head))
-	size, err := reach([]axis{{"row_stride", rows, &row}, {"head_stride", heads, &head}}, dim, dtype, field.lent)
+	row, head, size, err := spec.Tensor(t, rows, heads, dim, dtype, field.lent)
 	if err != nil {
 		return tensor{}, err
-	}
-	if rows == 0 {
-		size = 0
 	}
 	e, data, err := l.locate(t.Memory, t.Offset, size, dtype.Size(), field.at)
 	return tensor{data: data, row: int(row), head: int(head), extent: e}, err

@@ -73,8 +73,12 @@ func (s Step) layout() (*StepLayout, error) {
 		name  string
 		value int
 	}{
-		{"kv-heads", s.KVHeads}, {"group", s.QueryHeads / max(s.KVHeads, 1)}, {"dim", s.Dim}, {"batch", s.Batch},
-		{"tokens", s.Tokens}, {"page-size", s.PageSize},
+		{"kv-heads", s.KVHeads},
+		{"group", s.QueryHeads / max(s.KVHeads, 1)},
+		{"dim", s.Dim},
+		{"batch", s.Batch},
+		{"tokens", s.Tokens},
+		{"page-size", s.PageSize},
 	} {
 		if f.value < 1 {
 			return nil, fmt.Errorf("--%s is %d: give at least 1", f.name, f.value)
@@ -149,9 +153,10 @@ type StepReport struct {
 type StepResult struct {
 	Name string `json:"name"`
 	// Device is the device's own time by its events, from the first kernel of a layer to its last. Service is
-	// the engine's, from the step's message to the last layer's answer.
+	// what the engine waits for a layer, and Declare what it waits, once for all layers, for the step's batch.
 	Device  Spread `json:"device_us"`
 	Service Spread `json:"service_us"`
+	Declare Spread `json:"declare_us"`
 	// Speedup is over the first config, round by round.
 	Speedup Spread `json:"speedup"`
 	// Stages are shares of the device's time.
@@ -244,7 +249,8 @@ type stepper struct {
 	cache                  *client.Cache
 	kv, queries            *client.Buffer
 	results                *client.Buffer // outputs and lists
-	walls                  []float64      // of steps, for a layer
+	declares               []float64      // of steps
+	walls                  []float64      // of layers
 	device                 []float64      // of layers
 	medians                []float64      // of device's rounds
 	stages                 [4]time.Duration
@@ -324,17 +330,20 @@ func (s *stepper) run(ctx context.Context, counts bool) error {
 	if err != nil {
 		return err
 	}
+	declare := time.Since(start)
 	results := make([]*client.LayerResult, s.Layers)
+	walls := make([]float64, s.Layers)
 	for i := range results {
+		start = time.Now()
 		if results[i], err = step.Layer(ctx, s.layer(i)); err != nil {
 			return err
 		}
+		walls[i] = microseconds(time.Since(start))
 	}
-	wall := time.Since(start)
 	if !counts {
 		return nil
 	}
-	s.walls = append(s.walls, microseconds(wall)/float64(s.Layers))
+	s.declares, s.walls = append(s.declares, microseconds(declare)), append(s.walls, walls...)
 	var times []float64
 	for _, r := range results {
 		if n := r.Index.TokensIndexed; n != 0 {
@@ -375,10 +384,10 @@ func microseconds(d time.Duration) float64 { return float64(d) / float64(time.Mi
 // judge sums up, and looks at the first layer once more.
 func (s *stepper) judge(ctx context.Context, first *stepper, readRate float64) (*StepResult, error) {
 	r := &StepResult{
-		Name: s.name, Device: spread(s.device), Service: spread(s.walls),
+		Name: s.name, Device: spread(s.device), Service: spread(s.walls), Declare: spread(s.declares),
 		Candidates: s.candidates / s.rows, Kept: s.kept / s.rows, KeptMin: s.least, KeptMax: s.most,
 		ShadowPerToken: s.cache.Shadow().PerToken / float64(s.Layers*s.KVHeads),
-		Dense:          s.dense, Rows: int(s.rows) / (s.Layers * len(s.walls)),
+		Dense:          s.dense, Rows: int(s.rows) / len(s.walls),
 	}
 	ratios := make([]float64, len(s.medians))
 	for i, m := range s.medians {

@@ -59,8 +59,9 @@ twilight, then runs this), in fp16 and NHD pages:
     twilight bench --device cuda --target unix:///tmp/tw.sock --kv-heads 8 --group 4 --batch 64
 
 "device" is the time between a layer's first and last kernel by the device's events, "service" what the engine
-waits, tensors in lent memory, a message a layer; "of read" is the bytes that a layer has to read over its time,
-as a share of the measured read rate. The true mass is that of 16 query heads of a layer.`
+waits for a layer, tensors in lent memory, a message each, and "declare" what it waits for the step's batch, once
+for all layers; "of read" is the bytes that a layer has to read over its time, as a share of the measured read
+rate. The true mass is that of 16 query heads of a layer.`
 }
 
 // benchConfig is a Twilight config and its name in the table.

@@ -7,10 +7,14 @@ import (
 	"io"
 
 	"github.com/twilight-sidecar/twilight/internal/bench"
+	"github.com/twilight-sidecar/twilight/kv"
 )
 
 // runOnGPU times a step that a daemon runs on the engine's GPU.
 func (c *benchCmd) runOnGPU(ctx context.Context, term *terminal, source *gpuSource) (err error) {
+	if c.DType != kv.F16.String() {
+		return fmt.Errorf("--dtype is %s: on a GPU the data are %v", c.DType, kv.F16)
+	}
 	configs, err := c.configs()
 	if err != nil {
 		return err
@@ -57,11 +61,11 @@ func printStep(w io.Writer, r *bench.StepReport, markdown bool) {
 	fmt.Fprintf(w, "%d sequences of %d tokens, %d query heads over %d KV heads, dim %d, fp16, pages of %d, %d layers in turn\n\n",
 		r.Batch, r.Tokens, r.QueryHeads, r.KVHeads, r.Dim, r.PageSize, r.Layers)
 	t := &table{header: []string{
-		"config", "device us", "speedup", "service us", "MB read", "of read", "index", "select", "prune", "attend",
+		"config", "device us", "speedup", "service us", "declare us", "MB read", "of read", "index", "select", "prune", "attend",
 		"candidates", "kept", "true mass", "worst", "error", "shadow B/token", "dense rows",
 	}}
 	for _, run := range r.Results {
-		t.add(run.Name, spread(run.Device, 1), spread(run.Speedup, 1), spread(run.Service, 1),
+		t.add(run.Name, spread(run.Device, 1), spread(run.Speedup, 1), spread(run.Service, 1), spread(run.Declare, 1),
 			fmt.Sprintf("%.2f", run.ReadBytes/1e6), share(run.ReadShare),
 			share(run.Stages.Index), share(run.Stages.Select), share(run.Stages.Prune), share(run.Stages.Attend),
 			tokens(run.Candidates), fmt.Sprintf("%.1f (%d-%d)", run.Kept, run.KeptMin, run.KeptMax),

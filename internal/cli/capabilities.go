@@ -83,6 +83,10 @@ func printCapabilities(w io.Writer, answer *client.Capabilities) {
 				fmt.Fprintf(w, "  %-16s %s\n", name, value)
 			}
 		}
+		row("unusable", d.GetUnusable())
+		if d.Mps != nil {
+			row("MPS", yesNo(d.GetMps()))
+		}
 		row("shadow memory", fmt.Sprintf("%s free of %s", bytesText(d.GetShadowBytesFree()), bytesText(d.GetShadowBytesTotal())))
 		row("caches", names(d.GetCacheDtypes(), "DATA_TYPE_"))
 		row("queries", names(d.GetQueryDtypes(), "DATA_TYPE_"))

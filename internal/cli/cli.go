@@ -39,9 +39,9 @@ type cli struct {
 	Settings cliconf.File `placeholder:"FILE" help:"YAML or JSON file with values for flags."`
 }
 
-// Main runs the process's command line and returns its exit code. openGPU, if not nil, takes the GPU of a
-// UUID for the commands that play an engine there; without it another binary runs those.
-func Main(openGPU func(uuid string) (GPU, error)) int {
+// Main runs the process's command line and returns its exit code. openGPU, if not nil, is for
+// the commands that play an engine on a GPU; without it another binary runs those.
+func Main(openGPU OpenGPU) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	return run(ctx, os.Args[1:], os.Stdout, os.Stderr, openGPU)
@@ -58,7 +58,7 @@ const (
 type exit int
 
 func run(
-	ctx context.Context, args []string, stdout, stderr io.Writer, openGPU func(uuid string) (GPU, error),
+	ctx context.Context, args []string, stdout, stderr io.Writer, openGPU OpenGPU,
 ) (code int) {
 	defer func() {
 		if p := recover(); p != nil {

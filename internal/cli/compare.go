@@ -29,7 +29,7 @@ type compareCmd struct {
 	Layers      []int           `placeholder:"L" help:"Layers of the capture to run (all)."`
 	Group       []string        `enum:"union,per_query_head" placeholder:"MODE" help:"Run each config in these group modes, in place of its own: union, per_query_head."`
 	ShiftKeys   map[int]float32 `placeholder:"CHANNEL=BY" help:"Add a constant to key channels: outlier channels, with the same attention."`
-	TokenBudget []int           `placeholder:"N" help:"Candidates of each selector that has a budget, in place of the configs'. Of several, each is run."`
+	TokenBudget []int           `placeholder:"N" help:"Candidates of each selector, and tokens that SnapKV leaves of a prompt, in place of the configs'. Of several, each is run."`
 	Out         string          `type:"path" placeholder:"DIR" help:"Also write there what --json prints, as compare.json, and pictures of it, as compare.svg and compare.png."`
 	Markdown    bool            `xor:"form" help:"Print the table as Markdown."`
 	JSON        bool            `name:"json" xor:"form" help:"Print the results as JSON, and nothing else, on stdout."`

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/internal/bench"
 	"github.com/twilight-sidecar/twilight/internal/replay"
 )
@@ -23,16 +24,20 @@ type GPU interface {
 	Close() error
 }
 
+// OpenGPU takes the GPU of a UUID, to lend its memory in one of the ways.
+type OpenGPU func(uuid string, kind gpu.RegionKind) (GPU, error)
+
 // place says where the memory of the engine lies that a command plays.
 type place struct {
 	Device string `default:"host" placeholder:"DEVICE" help:"Where the engine's memory lies: host, cuda for the GPU that the daemon serves, or a GPU's UUID (host)."`
+	Lend   string `enum:"ipc,vmm" default:"ipc" help:"How a GPU's memory is lent: ipc, as one allocation, or vmm, by the chunks of virtual memory management (ipc)."`
 }
 
 const hostDevice = "host"
 
 // gpuSource gives commands their GPU, or gives them to the binary that has one.
 type gpuSource struct {
-	open func(uuid string) (GPU, error)
+	open OpenGPU
 	args []string
 }
 
@@ -76,7 +81,7 @@ func (p *place) open(ctx context.Context, conn *client.Client, source *gpuSource
 	case 0:
 		return nil, fmt.Errorf("--device %s: the daemon serves no such GPU: 'twilight capabilities' lists its devices", p.Device)
 	case 1:
-		return source.open(found[0])
+		return source.open(found[0], map[string]gpu.RegionKind{"ipc": gpu.CUDAIPC, "vmm": gpu.CUDAVMM}[p.Lend])
 	}
 	return nil, fmt.Errorf("--device %s: the daemon serves %s: name one", p.Device, strings.Join(found, ", "))
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"github.com/twilight-sidecar/twilight/gpu"
 )
 
 func TestDevice(t *testing.T) {
@@ -14,10 +16,10 @@ func TestDevice(t *testing.T) {
 		"--target", daemon(t), "--device",
 	}
 	bench := []string{"bench", "--target", daemon(t), "--tokens", "64", "--device"}
-	opened := func(string) (GPU, error) { return nil, errors.New("opened") }
+	opened := func(string, gpu.RegionKind) (GPU, error) { return nil, errors.New("opened") }
 	for _, tc := range []struct {
 		args []string
-		open func(string) (GPU, error)
+		open OpenGPU
 		says []string
 	}{
 		// There is no twilight-engine beside a test.

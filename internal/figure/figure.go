@@ -43,21 +43,27 @@ type metric struct {
 
 var metrics = [...]metric{
 	{
-		"head error", func(p Point) float64 { return p.HeadError }, plot.LogScale{},
+		"head error", func(p Point) float64 { return p.HeadError },
+		plot.LogScale{},
 		plot.ConstantTicks{
 			{Value: .01, Label: "0.01"}, {Value: .03, Label: "0.03"}, {Value: .1, Label: "0.1"}, {Value: .3, Label: "0.3"}, {Value: 1, Label: "1"},
 		},
 		.008, 1,
 	},
 	{
-		"worst mass", func(p Point) float64 { return p.WorstMass }, plot.LinearScale{},
+		"worst mass", func(p Point) float64 { return p.WorstMass },
+		plot.LinearScale{},
 		plot.ConstantTicks{{Value: 0, Label: "0"}, {Value: .5, Label: "0.5"}, {Value: 1, Label: "1"}},
 		0, 1,
 	},
 }
 
 var tens = plot.ConstantTicks{
-	{Value: 1, Label: "1"}, {Value: 10, Label: "10"}, {Value: 100, Label: "100"}, {Value: 1000, Label: "1000"}, {Value: 10000, Label: "10k"},
+	{Value: 1, Label: "1"},
+	{Value: 10, Label: "10"},
+	{Value: 100, Label: "100"},
+	{Value: 1000, Label: "1000"},
+	{Value: 10000, Label: "10k"},
 	{Value: 100000, Label: "100k"},
 }
 
@@ -120,7 +126,7 @@ func Write(w io.Writer, format string, series []Series) error {
 	}
 	canvas := draw.New(file)
 	canvas.SetColor(color.White)
-	canvas.Fill(canvas.Rectangle.Path())
+	canvas.Fill(canvas.Path())
 	legend(draw.Crop(canvas, 0, 0, height-legendHeight, 0), prunes)
 	if len(panels) > 0 && down > 0 {
 		tiles := draw.Tiles{
@@ -169,7 +175,7 @@ func (m *metric) panel(method string, series []Series, prunes []string) (*plot.P
 	p := plot.New()
 	for _, axis := range []*plot.Axis{&p.X, &p.Y} {
 		axis.Label.TextStyle.Font, axis.Tick.Label.Font = sans(textSize), sans(textSize-1)
-		axis.Padding, axis.LineStyle.Width, axis.Tick.LineStyle.Width = 0, .5, .5
+		axis.Padding, axis.Width, axis.Tick.Width = 0, .5, .5
 	}
 	p.X.Scale, p.X.Tick.Marker = plot.LogScale{}, tens
 	p.X.Min, p.X.Max = extent(series)

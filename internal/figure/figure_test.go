@@ -65,7 +65,7 @@ func TestPNG(t *testing.T) {
 		}
 	}
 	for _, style := range pruners[:2] {
-		r, g, b, _ := style.Color.RGBA()
+		r, g, b, _ := style.RGBA()
 		if !colours[[3]uint32{r >> 8, g >> 8, b >> 8}] {
 			t.Errorf("no point has colour %v", style.Color)
 		}

@@ -14,7 +14,7 @@ import (
 type Overrides struct {
 	Group       string  // "union" or "per_query_head"
 	P           float64 // the share of a top_p pruner
-	TokenBudget int     // the selector's; those without stay as they are
+	TokenBudget int     // the selector's, and what SnapKV leaves of a prompt; those without stay as they are
 	// NoPruner takes pruner and estimator out: what is kept then are the candidates.
 	NoPruner bool
 }
@@ -50,6 +50,14 @@ func (o Overrides) Apply(config []byte) ([]byte, error) {
 			delete(selector.keys, "sparsity_rate") // it would go first
 			keys["selector"] = selector.marshal()
 		}
+		compressor, err := method(keys, "compressor")
+		if err != nil {
+			return nil, err
+		}
+		if isSnapKV(compressor.kind) {
+			compressor.keys["max_capacity_prompt"], _ = json.Marshal(o.TokenBudget)
+			keys["compressor"] = compressor.marshal()
+		}
 	}
 	if o.NoPruner {
 		keys["weight_pruner"] = json.RawMessage(`{"type": "none"}`)
@@ -58,7 +66,7 @@ func (o Overrides) Apply(config []byte) ([]byte, error) {
 	return json.MarshalIndent(keys, "", "  ")
 }
 
-// HasBudget says whether the token_budget of a config's selector matters. One that cannot be read has none.
+// HasBudget says whether Overrides.TokenBudget would matter to a config. To one that cannot be read it does not.
 func HasBudget(config []byte) bool {
 	keys := make(map[string]json.RawMessage)
 	if err := decodeObject(config, &keys); err != nil {
@@ -66,9 +74,12 @@ func HasBudget(config []byte) bool {
 	}
 	var coverage float64 // takes its place
 	_ = json.Unmarshal(keys["coverage"], &coverage)
-	selector, err := method(keys, "selector")
-	return err == nil && coverage == 0 && hasBudget(selector.kind)
+	selector, err1 := method(keys, "selector")
+	compressor, err2 := method(keys, "compressor")
+	return err1 == nil && err2 == nil && (isSnapKV(compressor.kind) || coverage == 0 && hasBudget(selector.kind))
 }
+
+func isSnapKV(kind string) bool { return strings.EqualFold(kind, "snap_kv") }
 
 // hasBudget says whether selectors of a type have a token_budget: so it is with types nobody knows, for
 // the daemon to refuse.

@@ -30,6 +30,11 @@ func TestOverrides(t *testing.T) {
 			`{"selector": {"type": "Quest", "sparsity_rate": 0.5}, "weight_pruner": {"type": "none"},
 			"weight_estimator": {"type": "none"}, "unknown": [1]}`,
 		},
+		"budget of a compressor": {
+			Overrides{TokenBudget: 96},
+			`{"compressor": {"type": "SNAP_KV", "window_size": 8}, "selector": {"type": "none"}}`,
+			`{"compressor": {"type": "SNAP_KV", "window_size": 8, "max_capacity_prompt": 96}, "selector": {"type": "none"}}`,
+		},
 		"budget of none": {Overrides{TokenBudget: 64}, `{"selector": {"type": "Full"}}`, `{"selector": {"type": "Full"}}`},
 		"budget without": {Overrides{TokenBudget: 64}, `{}`, `{}`},
 	} {
@@ -51,6 +56,8 @@ func TestHasBudget(t *testing.T) {
 		`{"selector": {"type": "quest"}, "coverage": 0}`:    true,
 		`{"selector": {"type": "quest"}, "coverage": 0.97}`: false,
 		`{"selector": {"type": "none"}}`:                    false,
+		`{"compressor": {"type": "snap_kv"}}`:               true,
+		`{"compressor": {"type": "none"}}`:                  false,
 		`{"selector": {"type": "magicpig"}}`:                false,
 		`{}`:                                                false,
 		`[]`:                                                false,
@@ -83,6 +90,7 @@ func TestOverridesRefuse(t *testing.T) {
 		{Overrides{P: 0.5}, `{"weight_pruner": null}`, "weight_pruner"},
 		{Overrides{P: 0.5}, `{"weight_pruner": {"type": 3}}`, "weight_pruner.type"},
 		{Overrides{TokenBudget: 3}, `{"selector": 3}`, "selector"},
+		{Overrides{TokenBudget: 3}, `{"compressor": 3}`, "compressor"},
 	} {
 		if _, err := tc.o.Apply([]byte(tc.in)); err == nil || !strings.Contains(err.Error(), tc.names) {
 			t.Errorf("%+v of %s: error %v does not name %s", tc.o, tc.in, err, tc.names)

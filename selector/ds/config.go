@@ -45,17 +45,17 @@ func Method() selector.Method {
 	return selector.Method{Type: "ds", Default: func() selector.Config { return Default() }}
 }
 
-const (
-	unquantised = 32
-	maxChannels = math.MaxUint16 // of a key
-)
+// Unquantised is the QuantBit of channels as they are.
+const Unquantised = 32
+
+const maxChannels = math.MaxUint16 // of a key
 
 // Validate implements selector.Config.
 func (c *Config) Validate() error {
 	if err := selector.CheckBudget(c.TokenBudget, c.SparsityRate); err != nil {
 		return err
 	}
-	if c.QuantBit != unquantised && lowbit.CheckBits(c.QuantBit) != nil {
+	if c.QuantBit != Unquantised && lowbit.CheckBits(c.QuantBit) != nil {
 		return fault.Newf(fault.Invalid, "quant_bit",
 			"quant_bit is %d, expected 2, 4, 8, or 32 for channels as they are", c.QuantBit)
 	}

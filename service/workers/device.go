@@ -21,11 +21,12 @@ import (
 )
 
 const (
-	// minPause and maxPause bound the time, doubled each time, between starts that fail.
-	minPause = 250 * time.Millisecond
-	maxPause = 30 * time.Second
-	// sound is how long a worker must live for its death not to count as a failed start.
-	sound = 10 * time.Second
+	// Starts that fail in a row are minPause apart, twice as long each time, up to startPause; those after
+	// deaths of workers that could serve, but lived for less than sound, up to deathPause.
+	minPause   = 250 * time.Millisecond
+	startPause = 30 * time.Second
+	deathPause = time.Second
+	sound      = 10 * time.Second
 )
 
 // device is a GPU and its workers.
@@ -49,6 +50,8 @@ type device struct {
 	waiting  []waiter
 	borrowed int // spares that are asked something
 	leases   int
+	// wake has an item when more workers may be needed.
+	wake chan struct{}
 	// empty is closed when, draining, the last worker is reaped.
 	empty chan struct{}
 }
@@ -76,7 +79,26 @@ func newDevice(s *Supervisor, g GPU) *device {
 			Device: g.UUID, ShadowBytes: total / uint64(o.Leases), AllowedUIDs: o.AllowedUIDs, DrainGrace: o.DrainGrace,
 			LogLevel: o.LogLevel,
 		},
-		workers: make(map[*process]struct{}), empty: make(chan struct{}),
+		workers: make(map[*process]struct{}), wake: make(chan struct{}, 1), empty: make(chan struct{}),
+	}
+}
+
+// keep starts workers when they are needed, until the device is drained.
+func (d *device) keep(ctx context.Context) {
+	for {
+		select {
+		case <-d.wake:
+			d.refill(ctx)
+		case <-d.empty:
+			return
+		}
+	}
+}
+
+func (d *device) wakeUp() {
+	select {
+	case d.wake <- struct{}{}:
+	default:
 	}
 }
 
@@ -163,9 +185,13 @@ func (d *device) open(ctx context.Context, o *service.Opening) (*twilightv1.Open
 		opened.GetDevice().Mps = &d.gpu.MPS
 		return opened, nil
 	}
-	switch status.Code(err) {
+	refusal := status.Convert(err)
+	switch refusal.Code() {
 	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unknown:
 		w.discard() // there may be a lease
+		if ctx.Err() == nil && len(refusal.Details()) == 0 {
+			err = fault.Newf(fault.Unavailable, "", "the worker ended as it opened the lease (%v): open it anew", w.cmd.ProcessState)
+		}
 	default: // the request was refused
 		d.giveBack(w, false)
 	}
@@ -187,7 +213,7 @@ func (d *device) release() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.leases--
-	d.refillLocked()
+	d.wakeUp()
 }
 
 // acquire takes a spare, or waits for one to start. What is borrowed is not replaced: it will be given back.
@@ -198,7 +224,7 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 		if borrow {
 			d.borrowed++
 		}
-		d.refillLocked()
+		d.wakeUp()
 		d.mu.Unlock()
 		return w, true, nil
 	}
@@ -208,7 +234,7 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 	}
 	answer := make(chan started, 1)
 	d.waiting = append(d.waiting, waiter{answer, borrow})
-	d.refillLocked()
+	d.wakeUp()
 	d.mu.Unlock()
 	select {
 	case s := <-answer:
@@ -228,14 +254,14 @@ func (d *device) acquire(ctx context.Context, borrow bool) (w *process, warm boo
 	return nil, false, ctx.Err()
 }
 
-// refusalLocked is why no worker can be started now.
+// refusalLocked is why there is no use in waiting for a worker.
 func (d *device) refusalLocked() error {
 	switch pause := time.Until(d.retryAt); {
 	case d.draining:
 		return fault.Newf(fault.Unavailable, "", "the daemon is shutting down: open a lease with its successor")
-	case pause > 0:
-		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v", d.gpu.UUID,
-			cmp.Or(d.unusable, "its workers keep dying"), pause.Round(100*time.Millisecond))
+	case pause > 0 && d.unusable != "":
+		return fault.Newf(fault.Unavailable, "device", "%s cannot be used (%s): the daemon tries again in %v",
+			d.gpu.UUID, d.unusable, pause.Round(100*time.Millisecond))
 	}
 	return nil
 }
@@ -274,9 +300,11 @@ func (d *device) wantedLocked() int {
 	return min(d.supervisor.options.Spares, d.supervisor.options.Leases-d.leases)
 }
 
-// refillLocked starts as many workers as are waited for and wanted as spares.
-func (d *device) refillLocked() {
-	if d.refusalLocked() != nil {
+// refill starts as many workers as are waited for and wanted as spares.
+func (d *device) refill(ctx context.Context) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.draining || time.Now().Before(d.retryAt) {
 		return
 	}
 	takers, borrowers := 0, 0
@@ -289,13 +317,13 @@ func (d *device) refillLocked() {
 	}
 	for len(d.spares)+d.borrowed+d.starting < takers+max(borrowers, d.wantedLocked()) {
 		d.starting++
-		go d.bring()
+		go d.bring(ctx)
 	}
 }
 
 // bring starts a worker.
-func (d *device) bring() {
-	w, told, err := d.launch()
+func (d *device) bring(ctx context.Context) {
+	w, told, err := d.launch(ctx)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.starting--
@@ -307,7 +335,7 @@ func (d *device) bring() {
 	} else if !d.draining {
 		d.unusable = err.Error()
 		d.logger.Error("worker did not start", "error", err)
-		d.failedLocked()
+		d.failedLocked(startPause)
 		for _, w := range d.waiting {
 			w.answer <- started{err: fault.Newf(fault.Unavailable, "device", "%s cannot be used: %s", d.gpu.UUID, d.unusable)}
 		}
@@ -318,21 +346,21 @@ func (d *device) bring() {
 }
 
 // launch starts a worker, and returns it once it can serve.
-func (d *device) launch() (*process, *twilightv1.Device, error) {
-	w, err := startProcess(d)
+func (d *device) launch(ctx context.Context) (*process, *twilightv1.Device, error) {
+	w, err := startProcess(ctx, d)
 	if err != nil {
 		return nil, nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), d.supervisor.options.StartTimeout)
+	starting, cancel := context.WithTimeout(ctx, d.supervisor.options.StartTimeout)
 	defer cancel()
-	told, err := w.describe(ctx, nil)
+	told, err := w.describe(starting, nil)
 	if err == nil {
 		w.move(telemetry.WorkerSpare)
-		go w.watch()
+		go w.watch(ctx)
 		return w, told, nil
 	}
 	switch {
-	case ctx.Err() != nil:
+	case status.Code(err) == codes.DeadlineExceeded:
 		w.kill(endStartTimeout)
 		err = fmt.Errorf("it was not ready within %v", d.supervisor.options.StartTimeout)
 	case len(status.Convert(err).Details()) > 0: // the worker's own word
@@ -346,16 +374,12 @@ func (d *device) launch() (*process, *twilightv1.Device, error) {
 }
 
 // failedLocked puts off the next start.
-func (d *device) failedLocked() {
-	pause := min(minPause<<min(d.failures, 10), maxPause)
+func (d *device) failedLocked(longest time.Duration) {
+	pause := min(minPause<<min(d.failures, 10), longest)
 	d.failures++
 	d.retryAt = time.Now().Add(pause)
 	if d.retry != nil {
 		d.retry.Stop()
 	}
-	d.retry = time.AfterFunc(pause, func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.refillLocked()
-	})
+	d.retry = time.AfterFunc(pause, d.wakeUp)
 }

@@ -47,8 +47,8 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// fake is a backend whose GPUs are the host. What is wrong with them the files of a folder tell, each named by
-// a GPU: "hang" and "crash" at the start, or any other text, which is the error of a device that does not
+// fake is a backend whose GPUs are the host: two, or one if a folder has a file of that name, or "none". What is
+// wrong with them other files there tell, each named by a GPU: "hang" and "crash" at the start, or any other text, which is the error of a device that does not
 // open. Upon SIGUSR1 the device of a worker is lost.
 func fake(folder string) workers.Backend {
 	return workers.Backend{
@@ -56,10 +56,14 @@ func fake(folder string) workers.Backend {
 			if _, err := os.Stat(filepath.Join(folder, "none")); err == nil {
 				return nil, errors.New("no driver")
 			}
-			return []workers.GPU{
+			gpus := []workers.GPU{
 				{UUID: "GPU-0", Name: "fake", MemoryBytes: 8 << 30, Capability: "9.0", MPS: true},
 				{UUID: "GPU-1", Name: "fake", MemoryBytes: 8 << 30, Capability: "9.0"},
-			}, nil
+			}
+			if _, err := os.Stat(filepath.Join(folder, "one")); err == nil {
+				gpus = gpus[:1]
+			}
+			return gpus, nil
 		},
 		Open: func(s *workers.Settings, lost func(error)) (gpu.Device, error) {
 			switch wrong, _ := os.ReadFile(filepath.Join(folder, s.Device)); string(wrong) {
@@ -101,11 +105,20 @@ func folder(t testing.TB) string {
 	return dir
 }
 
+// wrong makes a file of what is wrong with a GPU, or how many there are.
 func wrong(t testing.TB, dir, gpu, how string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, gpu), []byte(how), 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// oneGPU is a folder where there is but one.
+func oneGPU(t testing.TB) string {
+	t.Helper()
+	dir := folder(t)
+	wrong(t, dir, "one", "")
+	return dir
 }
 
 // daemon is a twilightd of fake GPUs alone.
@@ -172,7 +185,7 @@ func (d *daemon) scrape(t testing.TB) map[string]float64 {
 // becomes waits until a series has a value.
 func (d *daemon) becomes(t testing.TB, series string, want float64) {
 	t.Helper()
-	for end := time.Now().Add(deadline); d.scrape(t)[series] != want; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(deadline); d.scrape(t)[series] != want; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%s is %v, not %v", series, d.scrape(t)[series], want)
 		}
@@ -204,7 +217,7 @@ func serve(t testing.TB, dir string, o workers.Options) *daemon {
 func daemonProcess(dir string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	d, err := startDaemon(ctx, dir, workers.Options{Spares: 1})
+	d, err := startDaemon(ctx, dir, workers.Options{Spares: 1, DrainGrace: 100 * time.Millisecond})
 	if err == nil {
 		<-ctx.Done()
 		err = d.stop(context.Background())
@@ -233,6 +246,7 @@ type engine struct {
 	cache    *client.Cache
 	states   chan client.State
 	sequence uint64 // the last one
+	trace    client.Trace
 }
 
 const (
@@ -285,9 +299,9 @@ func (e *engine) decode(tokens int) (string, error) {
 		table[i] = int32(i)
 	}
 	e.sequence++
-	step, err := e.cache.Step(e.t.Context(), client.Batch{Sequences: []client.Sequence{
-		{ID: e.sequence, Len: tokens, Table: table},
-	}})
+	step, err := e.cache.Step(e.t.Context(), client.Batch{
+		Sequences: []client.Sequence{{ID: e.sequence, Len: tokens, Table: table}}, Trace: e.trace,
+	})
 	if err != nil {
 		return "", err
 	}

@@ -3,6 +3,7 @@ package workers
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -16,21 +17,22 @@ import (
 const maxLine = 64 << 10
 
 // passOn makes records of the daemon's log of a worker's, which are JSON, and of whatever else it says.
-func (w *process) passOn(output io.Reader) {
+func (w *process) passOn(ctx context.Context, output io.Reader) {
 	lines := bufio.NewReaderSize(output, maxLine)
 	handler := w.device.logger.Handler()
 	for {
 		line, err := lines.ReadSlice('\n')
-		if len(line) > 0 {
+		if len(bytes.TrimSpace(line)) > 0 {
 			r, ok := record(line)
 			if !ok {
 				w.mu.Lock()
 				w.said = r.Message
 				w.mu.Unlock()
+				r.Message = "worker: " + r.Message
 			}
 			r.AddAttrs(slog.Int("worker", w.pid()))
-			if handler.Enabled(w.life, r.Level) {
-				_ = handler.Handle(w.life, r)
+			if handler.Enabled(ctx, r.Level) {
+				_ = handler.Handle(ctx, r)
 			}
 		}
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
@@ -48,7 +50,7 @@ func record(line []byte) (r slog.Record, ok bool) {
 	}
 	var fields map[string]any
 	if json.Unmarshal(line, &head) != nil || head.Time.IsZero() || json.Unmarshal(line, &fields) != nil {
-		return slog.NewRecord(time.Now(), slog.LevelWarn, "worker: "+string(bytes.ToValidUTF8(bytes.TrimSpace(line), []byte("?"))), 0), false
+		return slog.NewRecord(time.Now(), slog.LevelWarn, string(bytes.ToValidUTF8(bytes.TrimSpace(line), []byte("?"))), 0), false
 	}
 	r = slog.NewRecord(head.Time, head.Level, head.Message, 0)
 	for _, key := range slices.Sorted(maps.Keys(fields)) {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
 
@@ -54,23 +55,20 @@ type process struct {
 	source  *telemetry.Source
 	lease   atomic.Uint64
 
-	// life ends, and exited is closed, when the process is reaped.
-	life    context.Context
-	die     context.CancelFunc
-	exited  chan struct{}
+	exited  chan struct{} // closed when the process is reaped
 	hanging sync.Once
 
 	mu     sync.Mutex
 	state  telemetry.WorkerState
 	reason string // why it was killed, or how it ended
 	socket string // of its lease
-	over   func() // to be told when the lease's process is reaped
+	over   func() // to be told, once, when the lease is over or the process gone
 	report []byte // the last
 	said   string // the last line that is no log record
 }
 
 // startProcess starts a worker of a device.
-func startProcess(d *device) (*process, error) {
+func startProcess(ctx context.Context, d *device) (*process, error) {
 	conn, control, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -85,6 +83,8 @@ func startProcess(d *device) (*process, error) {
 	dialled := false
 	w.conn, err = grpc.NewClient("passthrough:///worker",
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0), grpc.WithNoProxy(),
+		// The driver takes its time before the worker answers; it is StartTimeout that bounds it.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: 2 * d.supervisor.options.StartTimeout}),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if dialled { // gRPC dials one at a time
 				return nil, errGone
@@ -111,8 +111,7 @@ func startProcess(d *device) (*process, error) {
 	d.workers[w] = struct{}{}
 	w.source = d.supervisor.options.Telemetry.Gather(w.ask)
 	w.move(telemetry.WorkerStarting)
-	w.life, w.die = context.WithCancel(context.Background())
-	go w.reap(output)
+	go w.reap(ctx, output)
 	return w, nil
 }
 
@@ -162,7 +161,7 @@ func (w *process) describe(ctx context.Context, query *twilightv1.ShadowQuery) (
 	return told.GetDevice(), err
 }
 
-// open opens the worker's lease. over is called, if the lease was opened, when the process is gone.
+// open opens the worker's lease. over is called, once, if the lease was opened, when it is over.
 func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*twilightv1.OpenLeaseResponse, error) {
 	socket := filepath.Join(filepath.Dir(o.Socket), fmt.Sprintf("%s.%d", filepath.Base(o.Socket), w.pid()))
 	w.mu.Lock()
@@ -170,8 +169,9 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.mu.Unlock()
 	w.lease.Store(o.ID)
 	request := proto.CloneOf(o.Request)
-	request.Device = ""                             // a worker has one
-	streaming, cancel := context.WithCancel(w.life) // outlives the call
+	request.Device = "" // a worker has one
+	// The stream outlives the call.
+	streaming, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(ctx, cancel)
 	stream, err := w.control.Open(streaming, &workerv1.OpenRequest{
 		Request: request, LeaseId: o.ID, Uid: o.UID, Socket: socket, Traceparent: o.TraceParent,
@@ -188,6 +188,7 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 		w.lease.Store(0)
 		return nil, err
 	}
+	over = sync.OnceFunc(over)
 	w.mu.Lock()
 	w.over = over
 	gone := w.gone()
@@ -199,10 +200,13 @@ func (w *process) open(ctx context.Context, o *service.Opening, over func()) (*t
 	w.move(telemetry.WorkerLeased)
 	go func() {
 		defer cancel()
-		last, _ := stream.Recv() // returns when the lease is over, or the process
+		last, err := stream.Recv() // returns when the lease is over, or the process
 		w.mu.Lock()
 		w.report = last.GetEnded().GetReport()
 		w.mu.Unlock()
+		if err == nil {
+			over()
+		}
 		w.hangUp()
 	}()
 	return first.GetOpened(), nil
@@ -241,11 +245,11 @@ func (w *process) kill(reason string) {
 }
 
 // watch asks for reports, and kills a worker that gives none.
-func (w *process) watch() {
+func (w *process) watch(life context.Context) {
 	tick := time.NewTicker(heartbeat)
 	defer tick.Stop()
 	for {
-		ctx, cancel := context.WithTimeout(w.life, w.device.supervisor.options.HealthTimeout)
+		ctx, cancel := context.WithTimeout(life, w.device.supervisor.options.HealthTimeout)
 		err := w.source.Refresh(ctx)
 		cancel()
 		if w.is(telemetry.WorkerEnding) {
@@ -258,24 +262,23 @@ func (w *process) watch() {
 		}
 		select {
 		case <-tick.C:
-		case <-w.life.Done():
+		case <-w.exited:
 			return
 		}
 	}
 }
 
 // reap waits for the process to end, passing on what it logs.
-func (w *process) reap(output *os.File) {
+func (w *process) reap(ctx context.Context, output *os.File) {
 	logged := make(chan struct{})
 	go func() {
 		defer close(logged)
-		w.passOn(output)
+		w.passOn(ctx, output)
 	}()
 	_ = w.cmd.Wait() // its state tells more
 	_ = output.SetReadDeadline(time.Now().Add(time.Second))
 	<-logged
 	output.Close()
-	w.die()
 	w.conn.Close()
 	w.mu.Lock()
 	if w.reason == "" {
@@ -292,7 +295,7 @@ func (w *process) reap(output *os.File) {
 	w.source.End(w.report)
 	w.mu.Unlock()
 	w.device.supervisor.options.Telemetry.EndedWorker(w.reason)
-	w.device.reaped(w)
+	w.device.reaped(ctx, w)
 	if over != nil {
 		over()
 	}
@@ -326,7 +329,7 @@ func (w *process) ending() string {
 }
 
 // reaped takes note of a worker that is gone.
-func (d *device) reaped(w *process) {
+func (d *device) reaped(ctx context.Context, w *process) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.workers, w)
@@ -343,12 +346,12 @@ func (d *device) reaped(w *process) {
 	case !w.ready.IsZero(): // those that never were are bring's
 		level = slog.LevelWarn
 		if time.Since(w.ready) < sound {
-			d.failedLocked()
+			d.failedLocked(deathPause)
 		}
 	}
-	d.logger.Log(w.life, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason, //nolint:sloglint // life is over, and carries no trace
+	d.logger.Log(ctx, level, "worker ended", "worker", w.pid(), "lease", w.lease.Load(), "reason", w.reason,
 		"status", w.cmd.ProcessState.String(), "lived", time.Since(w.born).String())
-	d.refillLocked()
+	d.wakeUp()
 	d.reapedLocked()
 }
 
@@ -364,34 +367,43 @@ func (d *device) reapedLocked() {
 
 // Drain implements service.Remote.
 func (d *device) Drain(ctx context.Context) {
+	d.stop()
 	d.mu.Lock()
-	if !d.draining {
-		d.draining = true
-		if d.retry != nil {
-			d.retry.Stop()
-		}
-		for _, w := range d.waiting {
-			w.answer <- started{err: d.refusalLocked()}
-		}
-		d.waiting = nil
-		for w := range d.workers {
-			switch {
-			case w.is(telemetry.WorkerLeased):
-				go func() { _, _ = w.control.Drain(w.life, &workerv1.DrainRequest{}) }()
-			case w.is(telemetry.WorkerStarting): // does not listen yet
-				go w.kill(endEnded)
-			default:
-				w.hangUp()
-			}
+	for w := range d.workers {
+		switch {
+		case w.is(telemetry.WorkerLeased):
+			go func() { _, _ = w.control.Drain(ctx, &workerv1.DrainRequest{}) }()
+		case w.is(telemetry.WorkerStarting): // does not listen yet
+			go w.kill(endEnded)
+		default:
+			w.hangUp()
 		}
 	}
-	d.reapedLocked()
 	d.mu.Unlock()
 	select {
 	case <-d.empty:
-		return
 	case <-ctx.Done():
+		d.kill()
 	}
+}
+
+// stop lets no more workers be started. It may be called twice.
+func (d *device) stop() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.draining = true
+	if d.retry != nil {
+		d.retry.Stop()
+	}
+	for _, w := range d.waiting {
+		w.answer <- started{err: d.refusalLocked()}
+	}
+	d.waiting = nil
+	d.reapedLocked()
+}
+
+// kill kills every worker, and returns once they are gone.
+func (d *device) kill() {
 	d.mu.Lock()
 	for w := range d.workers {
 		go w.kill(endOverdue)

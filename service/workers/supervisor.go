@@ -13,12 +13,16 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/twilight-sidecar/twilight/service"
 	"github.com/twilight-sidecar/twilight/telemetry"
 )
+
+// listTimeout bounds what the worker's program may take to list the GPUs.
+const listTimeout = 30 * time.Second
 
 // Options configure a Supervisor. Path is required; other zero fields take the defaults that their comments
 // name.
@@ -64,6 +68,7 @@ func (o Options) withDefaults() Options {
 type Supervisor struct {
 	options Options
 	gpus    []*device
+	keeping sync.WaitGroup
 	starts  chan func()
 }
 
@@ -76,7 +81,9 @@ func New(ctx context.Context, o Options) (*Supervisor, error) {
 		return nil, err
 	}
 	for _, g := range gpus {
-		s.gpus = append(s.gpus, newDevice(s, g))
+		d := newDevice(s, g)
+		s.gpus = append(s.gpus, d)
+		s.keeping.Go(func() { d.keep(context.WithoutCancel(ctx)) })
 	}
 	go s.startAll()
 	return s, nil
@@ -93,19 +100,19 @@ func (s *Supervisor) Devices() []service.Remote {
 
 // Close kills what is left of the workers.
 func (s *Supervisor) Close() {
-	done, cancel := context.WithCancel(context.Background())
-	cancel()
 	for _, d := range s.gpus {
-		d.Drain(done)
+		d.stop()
+		d.kill()
 	}
+	s.keeping.Wait()
 	close(s.starts)
 }
 
 // list asks for the GPUs in a process of its own, as the driver may end it.
 func (s *Supervisor) list(ctx context.Context) ([]GPU, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.options.StartTimeout)
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, s.options.Path, "list")
+	cmd := exec.CommandContext(ctx, s.options.Path, "list") //nolint:gosec // the operator names the program
 	cmd.Env = environment()
 	cmd.WaitDelay = time.Second
 	var stderr bytes.Buffer
@@ -137,7 +144,7 @@ func (s *Supervisor) start(settings *Settings, control, output *os.File) (*exec.
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.Command(s.options.Path, args...)
+	cmd := exec.Command(s.options.Path, args...) //nolint:gosec // the operator names the program
 	cmd.Env = append(environment(), "CUDA_DEVICE_MAX_CONNECTIONS=32")
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.ExtraFiles = []*os.File{control}

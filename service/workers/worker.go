@@ -46,18 +46,28 @@ func serveLease(ctx context.Context, control *single, hungUp <-chan struct{}, co
 	workerv1.RegisterWorkerServiceServer(server, w)
 	w.serving.Go(func() { _ = server.Serve(control) }) // ends by Stop
 	defer w.serving.Wait()
-	defer server.Stop()
+	defer stop(server)
 
 	lost := make(chan error, 1)
-	err := w.start(ctx, open, func(err error) {
-		select {
-		case lost <- err:
-		default: // is known
-		}
-	})
+	started := make(chan error, 1)
+	go func() {
+		started <- w.start(ctx, open, func(err error) {
+			select {
+			case lost <- err:
+			default: // is known
+			}
+		})
+	}()
+	var err error
+	select {
+	case err = <-started:
+	case <-hungUp:
+		return nil // whatever the driver is at ends with the process
+	case <-ctx.Done():
+		return nil
+	}
 	if err != nil {
-		// The daemon asks why, then hangs up.
-		await(hungUp, endTimeout)
+		await(hungUp, endTimeout) // the daemon asks why, then hangs up
 		return err
 	}
 	select {
@@ -74,8 +84,14 @@ func serveLease(ctx context.Context, control *single, hungUp <-chan struct{}, co
 	if drainErr := w.server.Drain(ending); drainErr != nil && err == nil {
 		w.config.Logger.Warn("the lease was not released in time", "error", drainErr)
 	}
-	await(hungUp, endTimeout) // the daemon hears that the lease is over, then hangs up
 	return err
+}
+
+// stop stops a server behind its answers: that a lease is over is one.
+func stop(server *grpc.Server) {
+	cutOff := time.AfterFunc(endTimeout, server.Stop)
+	defer cutOff.Stop()
+	server.GracefulStop()
 }
 
 func await(done <-chan struct{}, most time.Duration) {

@@ -2,6 +2,7 @@ package workers_test
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -13,12 +14,14 @@ import (
 	"testing"
 	"time"
 
+	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/otlptest"
 	twilightv1 "github.com/twilight-sidecar/twilight/proto/twilight/v1"
 	"github.com/twilight-sidecar/twilight/service/workers"
 )
@@ -55,9 +58,9 @@ func signalTo(t testing.TB, pid int, s syscall.Signal) {
 // A lease is served by a worker of its own, at a socket of its own, and the worker ends with it.
 func TestLease(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	d := serve(t, dir, workers.Options{Spares: 1})
-	d.becomes(t, spares, 2)
+	d.becomes(t, spares, 1)
 	c := dial(t, dir)
 	first, second := newEngine(t, c, "GPU-0"), newEngine(t, c, "GPU-0")
 	want := first.mustDecode(200)
@@ -68,7 +71,7 @@ func TestLease(t *testing.T) {
 		t.Errorf("the leases' workers are %v", pids)
 	}
 	d.becomes(t, leased, 2)
-	d.becomes(t, spares, 2)
+	d.becomes(t, spares, 1)
 	for _, e := range []*engine{first, second} {
 		if err := e.session.Close(); err != nil {
 			t.Error(err)
@@ -87,9 +90,9 @@ func TestLease(t *testing.T) {
 // Without spares a worker is started for each lease.
 func TestCold(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	d := serve(t, dir, workers.Options{})
-	newEngine(t, dial(t, dir), "GPU-1").mustDecode(100)
+	newEngine(t, dial(t, dir), "GPU-0").mustDecode(100)
 	series := d.scrape(t)
 	if series[spares] != 0 || series[`twilight_worker_open_duration_seconds_count{twilight_worker_start="cold"}`] != 1 {
 		t.Errorf("%v spares, or no cold lease", series[spares])
@@ -166,7 +169,7 @@ func TestWorkerDies(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := folder(t)
-			d := serve(t, dir, workers.Options{Spares: 1, HealthTimeout: time.Second})
+			d := serve(t, dir, workers.Options{Spares: 1, HealthTimeout: 2 * time.Second})
 			c := dial(t, dir)
 			e := newEngine(t, c, "GPU-0")
 			victim := leasedTo(t, dir)
@@ -255,10 +258,12 @@ func TestDaemonDies(t *testing.T) {
 			}
 			e := newEngine(t, c, "GPU-1")
 			want := e.mustDecode(120)
-			pids := children(t, daemon.Process.Pid)
-			if len(pids) < 2 {
-				t.Errorf("the daemon has the workers %v", pids)
+			wrong(t, dir, "GPU-0", "hang")
+			busy := newEngine(t, c, "GPU-0") // whose spare's successor hangs as it starts
+			for len(children(t, daemon.Process.Pid)) < 4 {
+				time.Sleep(time.Millisecond)
 			}
+			pids := children(t, daemon.Process.Pid)
 			signalTo(t, daemon.Process.Pid, how)
 			e.until(client.StateLost)
 			_ = daemon.Wait()
@@ -276,13 +281,16 @@ func TestDaemonDies(t *testing.T) {
 					t.Fatalf("%d workers outlive the daemon", left)
 				}
 			}
+			wrong(t, dir, "GPU-0", "")
 			start()
-			e.until(client.StateLive)
-			if e.mustDecode(120) != want {
-				t.Error("the next daemon answers differently")
-			}
-			if err := e.session.Close(); err != nil {
-				t.Error(err)
+			for _, e := range []*engine{e, busy} {
+				e.until(client.StateLive)
+				if e.mustDecode(120) != want {
+					t.Error("the next daemon answers differently")
+				}
+				if err := e.session.Close(); err != nil {
+					t.Error(err)
+				}
 			}
 		})
 	}
@@ -326,13 +334,12 @@ func TestUnusable(t *testing.T) {
 	for how, says := range map[string]string{
 		"no kernels for this GPU": "no kernels for this GPU",
 		"crash":                   "the driver says no",
-		"hang":                    "not ready within",
 	} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			dir := folder(t)
 			wrong(t, dir, "GPU-0", how)
-			d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: 2 * time.Second})
+			d := serve(t, dir, workers.Options{Spares: 1})
 			c := dial(t, dir)
 			told, err := c.Capabilities(t.Context(), nil)
 			if err != nil {
@@ -358,6 +365,28 @@ func TestUnusable(t *testing.T) {
 			newEngine(t, c, "GPU-0").mustDecode(30)
 		})
 	}
+}
+
+// A worker that takes too long to start is killed, and another started later.
+func TestSlowStart(t *testing.T) {
+	t.Parallel()
+	dir := oneGPU(t)
+	wrong(t, dir, "GPU-0", "hang")
+	d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: 3 * time.Second})
+	c := dial(t, dir)
+	told, err := c.Capabilities(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, "not ready within 3s") {
+		t.Errorf("unusable because of %q", why)
+	}
+	d.becomes(t, fmt.Sprintf(ends, "start_timeout"), 1)
+	if err := os.Remove(filepath.Join(dir, "GPU-0")); err != nil {
+		t.Fatal(err)
+	}
+	d.becomes(t, `twilight_gpu_usable{twilight_device_id="GPU-0"}`, 1)
+	newEngine(t, c, "GPU-0").mustDecode(30)
 }
 
 // The daemon tells of all leases, and goes on counting what workers did that are gone.
@@ -394,10 +423,48 @@ func TestTelemetry(t *testing.T) {
 	d.becomes(t, "twilight_memory_lent_bytes", 2*half)
 }
 
+// One trace has the engine's step and the worker's, which the worker sends itself and links to the call that
+// opened the lease at the daemon.
+func TestTraces(t *testing.T) {
+	collector := otlptest.Start(t, nil)
+	for name, value := range map[string]string{
+		"OTEL_EXPORTER_OTLP_ENDPOINT": collector.Endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+		"OTEL_BSP_SCHEDULE_DELAY": "5", "OTEL_METRICS_EXPORTER": "none", "OTEL_TRACES_SAMPLER": "parentbased_always_on",
+	} {
+		t.Setenv(name, value)
+	}
+	dir := oneGPU(t)
+	serve(t, dir, workers.Options{Spares: 1})
+	e := newEngine(t, dial(t, dir), "GPU-0")
+	e.trace.Parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	e.mustDecode(100)
+	found := func(name string) (span *tracepb.Span) {
+		collector.Wait(t, name, func() bool {
+			for _, s := range collector.Spans() {
+				if s.GetName() == name {
+					span = s
+				}
+			}
+			return span != nil
+		})
+		return span
+	}
+	opened, step := found("twilight.v1.TwilightService/OpenLease"), found("twilight.step")
+	if hex.EncodeToString(step.GetParentSpanId()) != "b7ad6b7169203331" {
+		t.Errorf("the step's parent is %x", step.GetParentSpanId())
+	}
+	if links := step.GetLinks(); len(links) != 1 || string(links[0].GetSpanId()) != string(opened.GetSpanId()) {
+		t.Errorf("the step links to %v, not to %x", links, opened.GetSpanId())
+	}
+	if layer := found("twilight.layer"); string(layer.GetParentSpanId()) != string(step.GetSpanId()) {
+		t.Errorf("the layer's parent is %x", layer.GetParentSpanId())
+	}
+}
+
 // A worker's socket serves the one lease, of the one peer, and nobody else.
 func TestForeignPeers(t *testing.T) {
 	t.Parallel()
-	dir := folder(t)
+	dir := oneGPU(t)
 	serve(t, dir, workers.Options{Spares: 1})
 	newEngine(t, dial(t, dir), "GPU-0")
 	conn, err := grpc.NewClient("unix://"+filepath.Join(dir, fmt.Sprintf("d.%d", leasedTo(t, dir)[0])),
@@ -429,7 +496,7 @@ func TestForeignPeers(t *testing.T) {
 func TestNoGPUs(t *testing.T) {
 	t.Parallel()
 	dir := folder(t)
-	wrong(t, dir, "none", "none")
+	wrong(t, dir, "none", "")
 	if _, err := workers.New(t.Context(), workers.Options{Path: filepath.Join(dir, workerName)}); err == nil || !strings.Contains(err.Error(), "no driver") {
 		t.Errorf("without a driver: %v", err)
 	}

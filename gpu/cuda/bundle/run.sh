@@ -90,7 +90,7 @@ for name in "${checks[@]}"; do
 	replay) check replay 300 bash -c 'with_daemon replay' ;;
 	torch)
 		if python3 -c 'import torch, grpc' 2>/dev/null; then
-			check torch 300 python3 "$here/torch_memory.py" --bin "$here"
+			PYTHONPATH=$here/python check torch 300 python3 "$here/torch_memory.py" --bin "$here"
 		else
 			left_out torch "python3 has no torch or no grpc"
 		fi

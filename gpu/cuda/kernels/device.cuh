@@ -101,6 +101,15 @@ __device__ __forceinline__ Place place(const Layer &l, const int32_t *table, int
 	return {__ldg(table + int64_t(b) * l.table_stride + entry), position - entry * l.page_size};
 }
 
+// Whether a position of sequence b lies on a page that exists.
+__device__ __forceinline__ bool on_page(const Layer &l, int b, int position)
+{
+	if (b < 0 || b >= l.batch || position < 0 || position / l.page_size >= l.table_stride)
+		return false;
+	int page = place(l, l.table, b, position).page;
+	return page >= 0 && page < l.num_pages;
+}
+
 // The token at a position of sequence b, head h. The table has passed check.
 __device__ __forceinline__ const uint8_t *token(const Layer &l, const Plane &plane, const int32_t *table, int b, int h,
 						int position)
@@ -118,6 +127,10 @@ __device__ __forceinline__ int shadow_chunk(const Layer &l, int b, int chunk)
 }
 
 __host__ __device__ inline int64_t int4_bytes(int dim) { return dim * 8 + kChunk * 4; }
+__host__ __device__ inline int64_t code_bytes(int dim, int bits, int symmetric)
+{
+	return kChunk * ((symmetric ? 2 : 4) + (dim * bits + 7) / 8);
+}
 __host__ __device__ inline int64_t bounds_bytes(int dim) { return dim * 4; }
 
 // Keys order as floats do: a larger float has a larger key. Finite floats lie between 1 and 2^32-2.
@@ -143,7 +156,7 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 __device__ __forceinline__ float channel_scale(const Layer &l, int kv_head, int d)
 {
 	float s = l.spread[kv_head * l.k_dim + d];
-	return s == 0 ? 1 : s;
+	return s == 0 || !l.equalise ? 1 : s;
 }
 
 // Where a lane's word of step s lies in an INT4 record: four steps at a time are adjacent, so that a
@@ -208,6 +221,13 @@ __device__ V block_scan(V v, V *shared, V &total)
 }
 
 __device__ __forceinline__ int path_of(const Layer &l, int b) { return l.bad[b] ? kVoid : l.paths[b]; }
+
+// Tokens of a list of n, or of a whole row, that each of the attention kernels' parts takes.
+__device__ __forceinline__ int part_size(const Layer &l, int n)
+{
+	constexpr int kLeast = 64, kStep = 16; // enough to be worth a block
+	return max((n + l.splits - 1) / l.splits + kStep - 1, kLeast) / kStep * kStep;
+}
 
 struct RowIndex {
 	int sequence, kv_head, query_head; // query_head: the first that asks

@@ -25,26 +25,36 @@ __device__ __forceinline__ void fused(const Layer &l)
 	__shared__ uint2 bound_b[N][2 * kSteps][32], int4_b[N][kSteps][32];
 	__shared__ float offset[kHeads], sum[kHeads], constant[kHeads], top[kHeads];
 	__shared__ u32 ceiling_key[kHeads], least[kHeads], coarse[kHeads][kBins], fine[kHeads][kBinCodes];
-	__shared__ float weights[kHeads][kBins], before[kHeads], wanted[kHeads], ceiling[kHeads];
+	__shared__ float weights[kHeads][kBins], before[kHeads], wanted[kHeads], ceiling[kHeads], share[kHeads];
 	__shared__ int base_code[kHeads], cut[kHeads]; // code of the largest estimate, and the last kept
 	__shared__ u32 histogram[4][256], scan[32], bin, left, prefix;
 	__shared__ int selected, tokens, kept, retry;
+	__shared__ long long since;
 
 	cg::cluster_group cluster = cg::this_cluster();
 	const int C = cluster.num_blocks(), rank = C > 1 ? cluster.block_rank() : 0;
 	const int row = blockIdx.x / C, tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, g = lane >> 2, t = lane & 3;
 	const RowIndex r = row_index(l, row);
 	const int from = l.first[r.sequence], length = l.lengths[r.sequence], budget = l.budgets[r.sequence];
-	const float share = float(l.p[r.sequence]);
-	if (path_of(l, r.sequence) != kSparse) { // all blocks of the cluster
-		if (rank == 0 && !l.lists_only)
+	const int path = path_of(l, r.sequence);
+	if (path != kSparse) { // all blocks of the cluster
+		if (path == kVoid && rank == 0 && !l.lists_only)
 			for (int i = tid; i < l.asking * D; i += Threads)
 				write1(l.output + r.sequence * l.output_row + (r.query_head + i / D) * l.output_head +
 					       i % D * element_size(l.output_dtype), 0, l.output_dtype);
-		if (l.bad[r.sequence] && tid == 0)
+		if (l.bad[r.sequence] && l.paths[r.sequence] != kVoid && tid == 0)
 			atomicOr(&l.flags[r.sequence * l.kv_heads + r.kv_head], kBadRow);
 		return;
 	}
+	if (tid == 0)
+		since = clock64();
+	auto stage_ends = [&](int stage) { // as seen by the row's first thread
+		if (rank > 0 || tid > 0)
+			return;
+		long long now = clock64();
+		atomicAdd(reinterpret_cast<u64 *>(l.stage_cycles) + stage, u64(now - since));
+		since = now;
+	};
 	const int G = l.asking, kv_heads = l.kv_heads;
 	const int first = from / kChunk, chunks = (length + kChunk - 1) / kChunk - first;
 	const int own = (chunks - rank + C - 1) / C; // chunk i of the block is first + i*C + rank
@@ -76,6 +86,8 @@ __device__ __forceinline__ void fused(const Layer &l)
 	if (tid < kHeads) {
 		ceiling_key[tid] = 0;
 		least[tid] = kNoToken;
+		double p = l.p[r.sequence];
+		share[tid] = tid < G ? float(p > 0 ? p : l.thresholds[r.query_head + tid]) : 1;
 	}
 	for (int i = tid; i < kHeads * kBins; i += Threads)
 		coarse[i / kBins][i % kBins] = 0;
@@ -278,6 +290,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 		__syncthreads();
 	}
 	const int n = selected;
+	stage_ends(0);
 
 	// INT4 estimates, a chunk a tile.
 	{
@@ -399,7 +412,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 
 	// Top-p: weights are summed as integers by bins; the bin in which the sum reaches p is counted code by
 	// code.
-	if (l.prunes == kPruneTopP && share < 1) {
+	if (l.prunes == kPruneTopP) {
 		for (int h = 0; h < G; h++) {
 			const int from_code = base_code[h];
 			each_eight(h, [&](const uint16_t *c) {
@@ -421,7 +434,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 			float all = 0;
 			for (int i = lane; i < kBins; i += 32)
 				all += weights[h][i];
-			float want = share * warp_sum(all), sum = 0;
+			float want = share[h] * warp_sum(all), sum = 0;
 			int at = reach(weights[h], kBins, want, sum);
 			if (lane == 0)
 				wanted[h] = want, before[h] = sum, cut[h] = at;
@@ -443,7 +456,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 			float sum = before[h];
 			int at = reach(weights[h], kBinCodes, wanted[h], sum);
 			if (lane == 0)
-				cut[h] = cut[h] == kBins - 1 ? kNoToken - 1 : base_code[h] + cut[h] * kBinCodes + at;
+				cut[h] = cut[h] == kBins - 1 || share[h] >= 1 ? kNoToken - 1 : base_code[h] + cut[h] * kBinCodes + at;
 		}
 		__syncthreads();
 	}
@@ -492,6 +505,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 		__syncthreads();
 	}
 	const int nk = kept;
+	stage_ends(1);
 	if (l.kept_masks) {
 		// For twilight_expand: 16 bits a chunk of the row.
 		uint16_t *out = l.kept_masks + int64_t(row) * l.chunk_stride;
@@ -542,6 +556,7 @@ __device__ __forceinline__ void fused(const Layer &l)
 		write1(l.output + r.sequence * l.output_row + (r.query_head + h) * l.output_head + d * element_size(l.output_dtype),
 		       x / s, l.output_dtype);
 	}
+	stage_ends(2);
 	if (rank == 0 && tid == 0) {
 		int all_kept = 0, all_tokens = 0, again = 0;
 		for (int c = 0; c < C; c++) {

@@ -20,6 +20,11 @@ __device__ void train(const Layer &l, int b, int level)
 {
 	__shared__ float largest[32];
 	int head = blockIdx.x, first = l.first[b], d = threadIdx.x;
+	bool known = true;
+	for (int i = d; i < level; i += blockDim.x)
+		known &= on_page(l, b, first + i);
+	if (!__syncthreads_and(known))
+		return;
 	float scale = l.k.scales[head], mean = 0, root = 0, reach = 0;
 	if (d < l.k_dim) {
 		double sum = 0, square = 0, most = 0;
@@ -54,6 +59,85 @@ __device__ void train(const Layer &l, int b, int level)
 // fp16 rounded outwards; what lies beyond its range becomes infinite.
 __device__ __forceinline__ __half outwards(float x, bool up) { return up ? __float2half_ru(x) : __float2half_rd(x); }
 
+// Quantises a warp's vector of n elements, that of lane + 32 j in x[j], as internal/lowbit does. whole: all
+// are finite. Returns scale and zero.
+__device__ __half2 quantise(const float (&x)[kLaneDims], int n, int bits, bool symmetric, bool whole, uint8_t *codes)
+{
+	int lane = threadIdx.x & 31;
+	float top = (1 << bits) - (symmetric ? 2 : 1), least = kInfinity, most = -kInfinity;
+#pragma unroll
+	for (int j = 0; j < kLaneDims; j++) {
+		if (lane + 32 * j >= n)
+			break;
+		least = fminf(least, x[j]);
+		most = fmaxf(most, x[j]);
+	}
+	most = warp_max(most);
+	least = -warp_max(-least);
+	if (symmetric) {
+		most = fmaxf(most, -least);
+		least = -most;
+	}
+	__half2 stored = __floats2half2_rn(whole ? (most - least) / top : kNaN, least);
+	float2 real = __half22float2(stored);
+	if (symmetric)
+		real.y = __fmul_rn(-top / 2, real.x);
+	bool coded = real.x > 0 && isfinite(real.x) && isfinite(real.y);
+#pragma unroll
+	for (int j = 0; j < kLaneDims; j++) {
+		int d = lane + 32 * j;
+		if (d >= n)
+			break;
+		float code = __fadd_rn(__fmul_rn(__fsub_rn(x[j], real.y), 1 / real.x), .5f);
+		codes[d] = coded ? uint8_t(fminf(fmaxf(code, 0), top)) : 0;
+	}
+	return stored;
+}
+
+// Packs the fresh tokens' codes, n of each, into a record: a warp.
+__device__ void pack(uint8_t *record, u32 fresh, const uint8_t *codes, int n, int bits)
+{
+	int size = (n * bits + 7) / 8, each = 8 / bits;
+	for (; fresh; fresh &= fresh - 1) {
+		int t = __ffs(fresh) - 1;
+		for (int i = threadIdx.x & 31; i < size; i += 32) {
+			u32 byte = 0;
+			for (int k = 0; k < each && i * each + k < n; k++)
+				byte |= u32(codes[t * n + i * each + k]) << (k * bits);
+			record[t * size + i] = byte;
+		}
+	}
+}
+
+// Labels a chunk's fresh tokens: a warp.
+template <int T>
+__device__ void index_labels(const Layer &l, int b, int chunk, int head, u32 fresh, uint8_t *record, uint8_t *codes)
+{
+	int lane = threadIdx.x & 31, n = l.label_dim;
+	const int32_t *channels = l.channels + head * n;
+	float scale = l.k.scales[head];
+	for (u32 left = fresh; left; left &= left - 1) {
+		int t = __ffs(left) - 1;
+		const uint8_t *from = token(l, l.k, l.table, b, head, chunk * kChunk + t);
+		float label[kLaneDims];
+		bool whole = true;
+#pragma unroll
+		for (int j = 0; j < kLaneDims; j++) {
+			if (lane + 32 * j >= n)
+				break;
+			label[j] = key_at<T>(from, channels[lane + 32 * j], scale);
+			whole &= isfinite(label[j]);
+		}
+		whole = __all_sync(kAll, whole);
+		__half2 stored = quantise(label, n, l.label_bits, false, whole, codes + t * n);
+		if (lane == 0)
+			reinterpret_cast<__half2 *>(record)[t] = stored;
+	}
+	__syncwarp();
+	pack(record + kChunk * 4, fresh, codes, n, l.label_bits);
+	__syncwarp();
+}
+
 // Indexes a chunk for one KV head: a warp. codes is its scratch, [kChunk][k_dim].
 template <int T>
 __device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
@@ -61,20 +145,29 @@ __device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
 	const int32_t *w = l.work + 4 * int64_t(work);
 	int b = w[0], chunk = w[1], id = w[2], lane = threadIdx.x & 31, dims = l.k_dim;
 	u32 valid = w[3] & 0xffff, fresh = u32(w[3]) >> 16;
+	// Work and tables are written apart: no page is read that is not there.
+	if (id < 0 || id >= l.chunks || !__all_sync(kAll, !(valid >> lane & 1) || on_page(l, b, chunk * kChunk + lane)))
+		return;
+	const bool estimates = l.estimates != kEstimateExact;
 	float scale = l.k.scales[head];
 	float high[kLaneDims], low[kLaneDims], mean[kLaneDims], inverse[kLaneDims], limit[kLaneDims];
 #pragma unroll
 	for (int j = 0; j < kLaneDims; j++) {
 		int d = lane + 32 * j;
 		high[j] = low[j] = 0;
-		bool trained = l.estimates == kEstimateInt4 && d < dims;
+		bool trained = estimates && d < dims;
 		mean[j] = trained ? l.mean[head * dims + d] : 0;
-		float spread = trained ? l.spread[head * dims + d] : 0;
-		inverse[j] = spread == 0 ? 1 : 1 / spread;
-		limit[j] = spread == 0 ? kInfinity : kDriftFactor * fmaxf(l.reach[head * dims + d] / spread, spread);
+		float spread = trained ? l.spread[head * dims + d] : 0, reach = trained ? l.reach[head * dims + d] : 0;
+		inverse[j] = spread == 0 || !l.equalise ? 1 : 1 / spread;
+		limit[j] = spread == 0	  ? kInfinity
+			   : !l.equalise ? kDriftFactor * fmaxf(reach, spread * spread)
+					 : kDriftFactor * fmaxf(reach / spread, spread);
 	}
-	int64_t record = int64_t(id) * l.kv_heads + head;
+	const int64_t record = int64_t(id) * l.kv_heads + head;
 	uint8_t *int4 = l.int4 + record * int4_bytes(dims);
+	uint8_t *coded = l.codes + record * code_bytes(dims, l.code_bits, l.code_symmetric);
+	if (l.ranks == kRankLabels && l.channels)
+		index_labels<T>(l, b, chunk, head, fresh, l.labels + record * code_bytes(l.label_dim, l.label_bits, 0), codes);
 	bool finite = true, drifted = false, any = false;
 	for (u32 left = valid; left; left &= left - 1) {
 		int t = __ffs(left) - 1;
@@ -94,33 +187,24 @@ __device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
 		any = true;
 		whole = __all_sync(kAll, whole);
 		finite &= whole;
-		if (l.estimates != kEstimateInt4 || !(fresh >> t & 1))
+		if (!estimates || !(fresh >> t & 1))
 			continue;
-		float least = kInfinity, most = -kInfinity;
 #pragma unroll
 		for (int j = 0; j < kLaneDims; j++) {
 			if (lane + 32 * j >= dims)
 				break;
 			key[j] = __fmul_rn(__fsub_rn(key[j], mean[j]), inverse[j]);
 			drifted |= fabsf(key[j]) > limit[j];
-			least = fminf(least, key[j]);
-			most = fmaxf(most, key[j]);
 		}
-		most = warp_max(most);
-		least = -warp_max(-least);
-		__half2 stored = __floats2half2_rn(whole ? (most - least) / 15 : kNaN, least);
-		float2 real = __half22float2(stored);
-		bool coded = real.x > 0 && isfinite(real.x) && isfinite(real.y);
-#pragma unroll
-		for (int j = 0; j < kLaneDims; j++) {
-			int d = lane + 32 * j;
-			if (d >= dims)
-				break;
-			float code = __fadd_rn(__fmul_rn(__fsub_rn(key[j], real.y), 1 / real.x), .5f);
-			codes[t * dims + d] = coded ? uint8_t(fminf(fmaxf(code, 0), 15)) : 0;
-		}
-		if (lane == 0)
+		__half2 stored = quantise(key, dims, l.code_bits, l.code_symmetric, whole, codes + t * dims);
+		if (lane != 0)
+			continue;
+		if (l.estimates == kEstimateInt4)
 			reinterpret_cast<__half2 *>(int4 + dims * 8)[t] = stored;
+		else if (l.code_symmetric)
+			reinterpret_cast<__half *>(coded)[t] = __low2half(stored);
+		else
+			reinterpret_cast<__half2 *>(coded)[t] = stored;
 	}
 	if (__any_sync(kAll, drifted) && lane == 0)
 		if (atomicExch(l.drift_flags + work, 1u) == 0)
@@ -138,9 +222,11 @@ __device__ void index_chunk(const Layer &l, int work, int head, uint8_t *codes)
 			bounds[dims + d] = outwards(low[j], false);
 		}
 	}
+	__syncwarp();
+	if (l.estimates == kEstimateCodes)
+		pack(coded + kChunk * (l.code_symmetric ? 2 : 4), fresh, codes, dims, l.code_bits);
 	if (l.estimates != kEstimateInt4)
 		return;
-	__syncwarp();
 	// In the order in which lanes of an m16n8k16 tile hold a, four tokens' codes of a channel pair a
 	// word, so that they become halves by masking: tokens g and g+8, channels 2t, 2t+1, 2t+8, 2t+9.
 	int g = lane >> 2, t = lane & 3;

@@ -25,7 +25,8 @@ var fused string
 
 // Kernels are the functions of the modules, in the current context.
 type Kernels struct {
-	Check, Train, Index, Queries, Scores, Select, Estimate, Exact, Cut, Compact, Combine, Expand, Lists cu.Function
+	Check, Train, Index, Queries, Scores, RankQuery, RankKeys, RankLabels, Select cu.Function
+	Estimate, EstimateCodes, Exact, Cut, Compact, Combine, Audit, Expand, Lists   cu.Function
 
 	attend map[int]cu.Function
 
@@ -65,8 +66,9 @@ func Load(device cu.Device) (*Kernels, error) {
 	k := &Kernels{attend: make(map[int]cu.Function)}
 	for name, f := range map[string]*cu.Function{
 		"check": &k.Check, "train": &k.Train, "index": &k.Index, "queries": &k.Queries, "scores": &k.Scores,
-		"select": &k.Select, "estimate": &k.Estimate, "exact": &k.Exact, "cut": &k.Cut, "compact": &k.Compact,
-		"combine": &k.Combine, "expand": &k.Expand, "lists": &k.Lists,
+		"rank_query": &k.RankQuery, "rank_keys": &k.RankKeys, "rank_labels": &k.RankLabels, "select": &k.Select,
+		"estimate": &k.Estimate, "estimate_codes": &k.EstimateCodes, "exact": &k.Exact, "cut": &k.Cut,
+		"compact": &k.Compact, "combine": &k.Combine, "audit": &k.Audit, "expand": &k.Expand, "lists": &k.Lists,
 	} {
 		if *f, err = module.Function("twilight_" + name); err != nil {
 			return nil, drv.Wrap("cuModuleGetFunction "+name, err)

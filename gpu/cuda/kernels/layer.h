@@ -39,10 +39,11 @@ struct Layer {
 	const int32_t *lengths, *first; // [B]
 	const int32_t *table, *vtable;  // [B][table_stride] page ids
 	const int32_t *chunk_ids;       // [B][chunk_stride] shadow chunks; null: they follow from the page
-	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range
+	const int32_t *bad;             // [B] not 0 where twilight_check found ids or lengths out of range, or no tokens
 	const int32_t *paths;           // [B] Path
-	const double *p;                // [B] share to keep
-	const int32_t *budgets;         // [B] chunks to select
+	const double *p;                // [B] share to keep in place of thresholds; 0: none
+	const double *thresholds;       // [Hq] the pruner's
+	const int32_t *budgets;         // [B] what to select: chunks, or tokens where tokens are ranked
 
 	const uint8_t *queries; // [B][Hq][Dk], strides in bytes
 	int64_t query_row, query_head;
@@ -53,6 +54,9 @@ struct Layer {
 	// The layer's shadow: per chunk and KV head an INT4 record and an fp16 [max|min]; per KV head the
 	// equalisation [Dk]: mean, s (0: not trained, 1 is meant) and the largest |k - mean|.
 	uint8_t *int4, *bounds;
+	uint8_t *codes;          // or estimates in other widths: internal/lowbit's records
+	uint8_t *labels;         // Double Sparsity's: the same of channels [Hkv][label_dim]
+	const int32_t *channels; // ascending in weight
 	float *mean, *spread, *reach;
 	const int32_t *work; // [works][4]: row, chunk, shadow chunk, valid | fresh << 16
 	uint32_t *drifted, *drift_flags; // how many of the works strayed; which
@@ -61,14 +65,20 @@ struct Layer {
 	// Scratch.
 	float *q;            // [B*Hq][Dk] scaled queries
 	uint32_t *q_bounds;  // [B*Hq][2][2*Dk/16][4][2] pairs of halves for scoring: high parts, low parts
-	uint32_t *q_int4;    // [B*Hq][2][Dk/16][4][2] likewise for estimating
+	uint32_t *q_int4;    // [B*Hq][2][Dk/16][4][2] likewise for estimating; for codes [B*Hq][Dk] floats
 	float *q_sums;       // [B*Hq][4]: q.mean, sum, what the halves are scaled by, unused
-	float *scores;       // [R][chunk_stride]
+	float *q_rank;       // [R][Dk] what tokens are ranked by: a query, or a label
+	float *scores;       // [R][chunk_stride], of tokens [R][chunk_stride*16]
 	float *head_bounds;  // [R][asking][chunk_stride]
 	int32_t *candidates; // [R][candidate_stride] chunks, ascending
+	uint16_t *candidate_masks; // which of their tokens are candidates
 	int32_t *num_candidates;
-	float *logits; // [R][asking][candidate_stride*16]
-	CutResult *cuts; // [R][asking]
+	float *logits;       // [R][asking][candidate_stride*16], -inf where no candidate is
+	float *first_logits; // [R][asking] of the first valid token
+	CutResult *cuts;     // [R][asking]
+	float *shares;       // [R][candidate_stride*16] of the heads' weights, where budgets limit lists
+	int32_t *list_at;    // [R][candidate_stride*16] where in logits the list's tokens are
+	int32_t *tickets; // [R] parts of a row that are done; 0 between launches
 	float *partial;  // [R][splits][asking][Dv+2]
 
 	// Results, by list row.
@@ -76,8 +86,20 @@ struct Layer {
 	int32_t *kept, *candidate_tokens;
 	int32_t *flags; // [B*Hkv]
 	float *mass, *coverage;          // [B*Hq]
+	uint64_t out_room;               // entries of out_lists, where lists lie one behind another
 	int32_t *out_lists, *out_counts; // where twilight_lists puts lists
 	uint16_t *kept_masks; // [R][chunk_stride] tokens kept of each chunk, by the fused kernel; or null
+	uint64_t *stage_cycles; // [3] clock cycles of the fused kernel's rows to select, prune and attend
+
+	// What a layer of the step left to later ones: candidates, as above, and which layer it was.
+	int32_t *carry_layers, *carry_counts; // [R]
+	int32_t *carry_chunks;                // [R][chunk_stride]
+	uint16_t *carry_masks;
+
+	// Query heads that are computed densely, too: audits of KV heads.
+	const int32_t *audited; // [audits] b*Hkv + KV head
+	float *audit_logits;    // [audits*G][audit_stride]
+	float *audit_results;   // [audits*G][2] true mass, error of the output
 
 	int32_t batch, query_heads, kv_heads, asking, rows;
 	int32_t k_dim, v_dim;
@@ -92,10 +114,23 @@ struct Layer {
 	int32_t lists_only;
 	int32_t pin_first, pin_current;
 	int32_t over_all; // p is a share of all tokens' weight
-	int32_t selects, estimates, prunes; // Selects, Estimates, Prunes
+	int32_t selects, ranks, estimates, prunes; // Selects, Ranks, Estimates, Prunes
+	int32_t sinks_first;                // tokens that kSelectEnds takes of the front
+	int32_t rank_channels;              // that kRankLargest looks at
+	int32_t label_dim, label_bits;
+	int32_t code_bits, code_symmetric, equalise;
+	int32_t layer, reselection;         // the model's index, and that of the layer it follows or is; -1: none
+	int32_t min_budget, max_budget;     // of a list; 0: no limit
+	int32_t use_estimates;              // in attention
+	int32_t only_dense;                 // attend for dense rows only
+	int32_t audits, audit_stride;
 	float softmax_scale, softcap, query_scale;
 };
 
-enum Selects : int32_t { kSelectAll, kSelectQuest };
-enum Estimates : int32_t { kEstimateExact, kEstimateInt4 };
-enum Prunes : int32_t { kPruneNone, kPruneTopP };
+// kSelectEnds: the first and the last tokens. kSelectTokens: the best by rank. kSelectCarried: those that
+// an earlier layer found to be the best, or all.
+enum Selects : int32_t { kSelectAll, kSelectQuest, kSelectEnds, kSelectTokens, kSelectCarried };
+// What tokens are ranked by: keys, their channels in which the query is largest, given channels, labels.
+enum Ranks : int32_t { kRankNone, kRankKeys, kRankLargest, kRankChannels, kRankLabels };
+enum Estimates : int32_t { kEstimateExact, kEstimateInt4, kEstimateCodes };
+enum Prunes : int32_t { kPruneNone, kPruneTopP, kPruneThreshold };

@@ -414,7 +414,8 @@ func (x *SharedMemory) GetOffset() uint64 {
 	return 0
 }
 
-// cudaMalloc memory by cuIpcGetMemHandle.
+// cudaMalloc memory by cuIpcGetMemHandle. The allocation's size should be a multiple of 2 MiB: others are
+// mapped in small pages, which makes random reads of a large cache up to 30 times slower.
 type CudaIpc struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Handle of the whole allocation.

@@ -15,11 +15,9 @@ type Code int
 
 // The codes that callers tell apart; the driver knows more.
 const (
-	InvalidValue  Code = 1
-	OutOfMemory   Code = 2
-	InvalidHandle Code = 400
-	NotPermitted  Code = 800
-	NotSupported  Code = 801
+	OutOfMemory  Code = 2
+	NotPermitted Code = 800
+	NotSupported Code = 801
 
 	// InvalidContext at IPCOpen means that the driver takes the memory for this process's own.
 	InvalidContext Code = 201
