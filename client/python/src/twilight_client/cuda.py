@@ -4,6 +4,8 @@
 torch's current CUDA stream, so that no layer meets the host; with a :class:`StepGraph` rings and waits are captured,
 once, in the graph of a batch size. The words lie in shared memory that both processes let the GPU see, so that a
 CPU's store always ends a wait, whatever became of the daemon.
+
+What is here has not run on a GPU yet; tests/test_cuda.py does, where there is one.
 """
 
 from __future__ import annotations
