@@ -31,3 +31,11 @@ python-test: python ## Test the Python SDK against a daemon (PYTEST='-m slow': w
 python-dist: $(BIN)/uv ## Build the wheel and the source distribution of the Python SDK into bin/python
 	@rm -rf bin/python
 	uv build --quiet --out-dir bin/python $(PYTHON_CLIENT)
+
+# Arguments of the model demo: make demo-model MODEL_ARGS='--context 6000 --tokens 100'
+MODEL_ARGS ?=
+
+.PHONY: demo-model
+demo-model: python build ## Generate text with a real model (SmolLM2-135M) through a daemon on the CPU
+	TQDM_DISABLE=1 $(VENV_PYTHON) $(PYTHON_CLIENT)/examples/smollm2.py --daemon bin/twilightd \
+		--config benchmark/configs/config_quest_c97_twi_p95.json $(MODEL_ARGS)

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The daemon, built of this tree."""
+    """The daemon, built of this tree unless TWILIGHTD names one."""
+    if "TWILIGHTD" in os.environ:
+        return Path(os.environ["TWILIGHTD"])
     path = tmp_path_factory.mktemp("bin") / "twilightd"
     subprocess.run(
         ["go", "build", "-o", path, "./cmd/twilightd"],

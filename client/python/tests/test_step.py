@@ -112,3 +112,13 @@ def test_capabilities(client: tw.Client) -> None:
     assert [d.id for d in answer.devices] == ["host"]
     assert "quest" in answer.devices[0].selectors
     assert answer.devices[0].shadow_bytes_per_token > 0
+
+
+def test_the_current_span_is_the_steps_parent() -> None:
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    assert tw.Trace.current() is None
+    with trace.TracerProvider().get_tracer("test").start_as_current_span("step") as span:
+        context = span.get_span_context()
+        current = tw.Trace.current()
+        assert current is not None
+        assert current.parent == f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"

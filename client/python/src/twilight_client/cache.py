@@ -12,7 +12,7 @@ from ._arrays import Array, dtype_of, strides
 from ._lease import Lease, wait
 from ._proto import lease_pb2, memory_pb2
 from ._tables import Tables
-from .armed import ArmedStep, Armer, Arming
+from .armed import ArmedStep, Armer, Arming, Words
 from .buffer import Buffer, Location
 from .errors import Closed, DeadlineExceeded, Error, InvalidArgument
 from .geometry import DType
@@ -210,6 +210,14 @@ class Cache:
             armed.fail(e, tell=True)  # if it is armed nevertheless
             raise
         return armed
+
+    def words(self, how: Arming, timeout: float | None = None) -> Words:
+        """Return the words at which armed steps meet the daemon, for who captures them in a graph."""
+        self._hold(timeout)
+        try:
+            return self._armer.words(how, timeout)
+        finally:
+            self._stepping.release()
 
     def close(self, timeout: float | None = None) -> None:
         """Give the cache's shadow back. Its steps are over, armed ones too."""

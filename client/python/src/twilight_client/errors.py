@@ -150,6 +150,11 @@ def of_code(code: int, message: str) -> Error:
     return _BY_CODE.get(code, InternalError)(message)
 
 
+def code_of(error: Error) -> int:
+    """Return the proto ErrorCode of an error; INTERNAL for those that no daemon answers."""
+    return next((code for code, kind in _BY_CODE.items() if isinstance(error, kind)), 14)
+
+
 def from_proto(e: error_pb2.Error) -> Error:
     """Make an error of the daemon's answer."""
     return _BY_CODE.get(e.code, InternalError)(e.message, field=e.field, requested=e.requested, available=e.available)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -22,6 +22,11 @@ from .buffer import Access, Buffer, FileBuffer, Location, Probe, SharedBuffer
 from .cache import Cache, CacheSpec, ShadowSize
 from .errors import Closed, DeadlineExceeded, Error, InvalidArgument, Unreachable, from_rpc
 from .geometry import Geometry
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cuda import CudaBuffer
 
 _PROTOCOL_VERSION = 1
 _MIN_BACKOFF = 0.05  # seconds
@@ -35,7 +40,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", int(1000 * _MIN_BACKOFF)),
-    ("grpc.min_reconnect_backoff_ms", int(1000 * _MIN_BACKOFF)),
     ("grpc.max_reconnect_backoff_ms", int(1000 * _MAX_BACKOFF)),
 )
 
@@ -278,6 +282,18 @@ class Session:
         descriptor. A ``probe`` that the daemon does not find fails with :class:`~twilight_client.errors.DataLoss`.
         """
         buffer = FileBuffer(self, fd, size, offset, access, probe)
+        self._add(buffer, timeout)
+        return buffer
+
+    def share_tensor(self, tensor: torch.Tensor, access: Access, timeout: float | None = None) -> CudaBuffer:
+        """Lend the storage that a torch tensor on a GPU lies in; the buffer keeps the tensor alive.
+
+        Memory of cudaMalloc goes by CUDA IPC, that of expandable segments by descriptors of its chunks. Other
+        processes cannot map what cudaMallocAsync made: that is refused.
+        """
+        from .cuda import CudaBuffer
+
+        buffer = CudaBuffer(self, tensor, access)
         self._add(buffer, timeout)
         return buffer
 

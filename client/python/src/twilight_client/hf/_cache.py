@@ -73,7 +73,7 @@ class SidecarCache(Cache):
         """
         output = None
         try:
-            if self._length != layer.length:
+            if self._length != layer.length and not self.twilight.alone:
                 self._begin(layer.length, mask)
             if self._step is not None:
                 output = self._run(self._step, layer.slot, query)
@@ -83,6 +83,18 @@ class SidecarCache(Cache):
             self.twilight.away(e)
         self.twilight.fallbacks += output is None
         return output
+
+    def settled(self) -> bool:
+        """Wait until the forward's step is over, where a stream runs it; False if its outputs must not be used."""
+        step = self._step
+        if isinstance(step, ArmedStep) and step.over:
+            try:
+                step.finish()
+            except AWAY as e:
+                self._step = None
+                self.twilight.away(e)
+                return False
+        return True
 
     def roll_back(self, length: int) -> None:
         """Book that tokens from ``length`` on are gone."""

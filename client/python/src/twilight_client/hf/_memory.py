@@ -10,7 +10,6 @@ import torch
 from .._arrays import torch_dtype
 from ..armed import ArmedLayer, Arming
 from ..buffer import Access, Buffer
-from ..errors import Unsupported
 from ..session import Session
 from ..step import Tensor
 
@@ -31,7 +30,8 @@ class Lent:
         if device.type == "cpu":
             shared = session.new_buffer(size, access)
             return cls(shared, shared.tensor(torch.uint8))
-        raise Unsupported(f"the model is on {device}; move it to the CPU")
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        return cls(session.share_tensor(own, access), own)
 
 
 class Slab:
@@ -89,7 +89,12 @@ class Slab:
             lent.bytes[:size].view(dtype).view(batch, g.query_heads, g.k_dim) for lent in self._io
         )
         query, output = Tensor.of(self._session, self.queries), Tensor.of(self._session, self.outputs)
-        self.arming = Arming([ArmedLayer(layer, query, output) for layer in self._layers], 60.0, results=True)
+        self.arming = Arming(
+            [ArmedLayer(layer, query, output) for layer in self._layers],
+            wait_timeout=30.0,
+            results=True,
+            stream=self._device.type == "cuda",
+        )
 
     def close(self) -> None:
         """Take everything back."""

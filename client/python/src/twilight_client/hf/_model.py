@@ -106,6 +106,8 @@ class Twilight:
         self._away = False
         self._last: Recorder | None = None
         self._caches: Any = None
+        self.alone = False
+        """Whether the model is to attend by itself: a forward is done again."""
         self.fallbacks = 0
         """Layers of decode steps that the model attended by itself, though the daemon should have served them."""
 
@@ -151,7 +153,8 @@ class Twilight:
         model = self._model
         if getattr(model, "twilight", None) is self:
             del model.twilight
-            vars(model).pop("generate", None)
+            for name in ("generate", "forward"):
+                vars(model).pop(name, None)
             _set_attention(model, self._config, self._base)
         self.session.close()
         if self._client is not None:
@@ -170,6 +173,7 @@ class Twilight:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self._base])
         _set_attention(self._model, self._config, name)
         self._model.generate = MethodType(_generating(type(self._model).generate), self._model)  # type: ignore[method-assign]
+        self._model.forward = MethodType(_forwarding(type(self._model).forward), self._model)  # type: ignore[method-assign]
         self._model.twilight = self  # type: ignore[assignment]
 
     def take(self, pages: int) -> Slab:
@@ -334,6 +338,27 @@ def _mass(query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None, sc
         logits = (scale * block @ keys.transpose(2, 3)).masked_fill(~allowed, -torch.inf)
         mass += logits.softmax(-1).nan_to_num(0).sum(2)  # a padding's query attends to nothing
     return mass
+
+
+def _forwarding(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``forward`` so that a decode step whose outputs failed, after a stream took them, is done again."""
+
+    @functools.wraps(forward)
+    def forwarding(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        twilight = model.twilight
+        assert isinstance(twilight, Twilight)  # noqa: S101 - enable set both
+        output = forward(model, *args, **kwargs)
+        cache = next((kwargs[name] for name in _CACHES if isinstance(kwargs.get(name), SidecarCache)), None)
+        if cache is None or cache.settled():
+            return output
+        cache.crop(-1)
+        twilight.alone = True
+        try:
+            return forward(model, *args, **kwargs)
+        finally:
+            twilight.alone = False
+
+    return forwarding
 
 
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
