@@ -88,6 +88,7 @@ def plot(folders: Iterable[Path], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "twilight"})  # the same file each time
     from matplotlib import pyplot as plt
 
     panels: dict[tuple[str, str, str], list[Line]] = {}
