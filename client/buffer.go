@@ -160,8 +160,11 @@ func (b *Buffer) register(ctx context.Context, l *lease) error {
 func (b *Buffer) lend(ctx context.Context, l *lease, req *twilightv1.RegisterRegion) error {
 	if b.export != nil {
 		exported, err := b.export(ctx)
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
+		case exported == nil:
+			return errorf(ErrInvalid, "export", "says nothing of the memory; give a CUDAIPC, CUDAVMM or CUDAFabric")
 		}
 		return exported.lend(ctx, l, req)
 	}

@@ -216,8 +216,15 @@ func TestShareGPURefuses(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	broken := errors.New("the memory is gone")
+	var refused *client.Error
 	_, err := session.ShareGPU(t.Context(), client.GPUShare{
+		Device: uuid, Size: 1, Export: func(context.Context) (client.GPUExport, error) { return nil, nil },
+	})
+	if !errors.As(err, &refused) || refused.Field != "export" {
+		t.Errorf("an export of nothing: %v", err)
+	}
+	broken := errors.New("the memory is gone")
+	_, err = session.ShareGPU(t.Context(), client.GPUShare{
 		Device: uuid, Size: 1, Export: func(context.Context) (client.GPUExport, error) { return nil, broken },
 	})
 	if !errors.Is(err, broken) {
@@ -229,7 +236,6 @@ func TestShareGPURefuses(t *testing.T) {
 
 	// A daemon of the CPU takes none.
 	e := newEngine(t, dial(t, serve(t, "").Target()), nil)
-	var refused *client.Error
 	_, err = lend(t.Context(), e.session, client.CUDAIPC{Handle: make([]byte, 64)})
 	if !errors.As(err, &refused) || refused.Code != client.ErrUnsupported || refused.Field != "register_region.cuda_ipc" {
 		t.Errorf("the host's refusal is %v", err)

@@ -52,7 +52,7 @@ func (p *Pipeline) Audit(s *Scratch, row *Row, res *Result) {
 		a.positions[i] = int32(row.First + i)
 	}
 	a.estimator = pruner.Row{
-		Dim: p.geometry.KDim, Queries: s.scaled.rows, Keys: row.Keys, Scratch: a.estimator.Scratch,
+		Dim: p.geometry.KDim, Queries: s.scaled.rows, Keys: row.Keys, Vectors: a.estimator.Vectors,
 	}
 	logits, weights := a.logits.shape(heads, n), a.weights.shape(heads, n)
 	new(exact.Config).New().Logits(logits, &a.estimator, a.positions)

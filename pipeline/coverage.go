@@ -85,7 +85,11 @@ type cover struct {
 	from, to int    // positions, between the first and the current chunk, of units that can be points
 	taken    []bool // by unit
 	heads    []forecast
-	rest     []float32 // scores of the other units
+	units    []int32   // that add takes up
+	ends     []int32   // of their positions
+	weights  []float32 // theirs
+	others   []int32   // units that are not taken
+	rest     []float32 // their scores
 	guess    []float32 // and their weights
 }
 
@@ -113,24 +117,63 @@ func (c *cover) add(row *selector.Row, positions []int32, weights [][]float32, t
 	if len(c.taken) == 0 {
 		return
 	}
-	unit := c.ranking.Unit
-	first := row.First / unit
-	for i, next := 0, 0; i < len(positions); i = next {
+	unit, first := c.ranking.Unit, row.First/c.ranking.Unit
+	c.units, c.ends = c.units[:0], c.ends[:0]
+	points := [2]int{} // which of the units are points
+	for i := 0; i < len(positions); {
 		u := int(positions[i]) / unit
-		for next < len(positions) && int(positions[next]) < (u+1)*unit {
-			next++
-		}
+		i = inUnit(positions, i, unit)
 		c.taken[u-first] = true
-		isPoint := u*unit >= c.from && (u+1)*unit <= c.to
-		for h := range c.heads {
-			sum := float64(vek32.Sum(weights[h][i:next]))
-			f := &c.heads[h]
-			f.weigh(sum, float64(tops[h]))
-			if x := f.scores[u-first]; isPoint && isFinite(x) {
-				f.point(float64(x), math.Log(sum)+float64(tops[h]))
-			}
+		c.units, c.ends = append(c.units, int32(u-first)), append(c.ends, int32(i))
+		if u*unit < c.from {
+			points[0] = len(c.units)
+		}
+		if (u+1)*unit <= c.to {
+			points[1] = len(c.units)
 		}
 	}
+	c.weights = slices.Grow(c.weights[:0], len(c.units))[:len(c.units)]
+	for h := range c.heads {
+		from := int32(0)
+		for i, end := range c.ends {
+			c.weights[i] = sum(weights[h][from:end])
+			from = end
+		}
+		c.heads[h].take(c.units, c.weights, float64(tops[h]), points[0], points[1])
+	}
+	c.others = c.others[:0]
+	for u, taken := range c.taken {
+		if !taken {
+			c.others = append(c.others, int32(u))
+		}
+	}
+}
+
+// sum adds up a unit's weights: mostly as many as make a call of vek32 cost more than its work.
+func sum(weights []float32) float32 {
+	var a, b, c, d float32
+	for ; len(weights) >= 4; weights = weights[4:] {
+		a += weights[0]
+		b += weights[1]
+		c += weights[2]
+		d += weights[3]
+	}
+	for _, w := range weights {
+		a += w
+	}
+	return a + b + (c + d)
+}
+
+// inUnit is where the positions end that share a unit with positions[i], the first of them.
+func inUnit(positions []int32, i, unit int) int {
+	end := (positions[i]/int32(unit) + 1) * int32(unit)
+	most := min(i+int(end-positions[i]), len(positions))
+	if positions[most-1] < end {
+		return most
+	}
+	for i++; positions[i] < end; i++ {
+	}
+	return i
 }
 
 // reaches tells whether every query head's coverage does.
@@ -147,18 +190,17 @@ func (c *cover) reaches(target float64) bool {
 // it cannot tell.
 func (c *cover) outside(h int) float64 {
 	f := &c.heads[h]
-	c.rest = c.rest[:0]
-	for u, taken := range c.taken {
-		if !taken {
-			c.rest = append(c.rest, f.scores[u])
-		}
-	}
 	switch {
 	case len(c.taken) == 0:
 		return math.NaN() // no ranking
-	case len(c.rest) == 0:
+	case len(c.others) == 0:
 		return 0
-	case f.n < leastPoints || !isFinite(vek32.Sum(c.rest)):
+	}
+	c.rest = slices.Grow(c.rest[:0], len(c.others))[:len(c.others)]
+	for i, u := range c.others {
+		c.rest[i] = f.scores[u]
+	}
+	if f.n < leastPoints || !isFinite(vek32.Sum(c.rest)) {
 		return math.NaN() // too few for a line, or a unit has no bound
 	}
 	level, slope, bend, centre := f.curve()
@@ -193,13 +235,22 @@ type forecast struct {
 	x, y, xx, xy, yy float64
 }
 
-// weigh adds candidates of weight sum*exp(top).
-func (f *forecast) weigh(sum, top float64) {
+// take adds units of weights, in units of exp(top), of which those from..to are points. It overwrites weights.
+func (f *forecast) take(units []int32, weights []float32, top float64, from, to int) {
 	if top > f.top {
 		f.inside *= math.Exp(f.top - top)
 		f.top = top
 	}
-	f.inside += sum * math.Exp(top-f.top)
+	f.inside += float64(vek32.Sum(weights)) * math.Exp(top-f.top)
+	if from >= to {
+		return
+	}
+	vek32.Log_Inplace(weights[from:to])
+	for i, u := range units[from:to] {
+		if x := f.scores[u]; isFinite(x) {
+			f.point(float64(x), float64(weights[from+i])+top)
+		}
+	}
 }
 
 func (f *forecast) point(x, y float64) {

@@ -2,6 +2,7 @@ package pipeline
 
 import (
 	"math"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -92,8 +93,8 @@ type Scratch struct {
 	moreLogits matrix    // [heads][more]
 	tops       []float32 // largest logits, [heads]
 	cover      cover
-	kept       []int32 // indices into candidates
-	isKept     []bool  // [candidates], by any head
+	kept       []int32  // indices into candidates
+	isKept     []uint64 // a bit for each candidate, by any head
 	audit      audit
 	shares     []float32 // of the candidates in the heads' weights
 }
@@ -168,7 +169,7 @@ func (p *Pipeline) prepare(s *Scratch, row *Row, res *Result) {
 	res.TrueMass, res.OutputError = res.TrueMass[:0], res.OutputError[:0]
 	p.ask(s, row)
 	s.estimator = pruner.Row{
-		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch,
+		Dim: g.KDim, Keys: row.Keys, Records: row.EstimatorRecords, Scratch: s.estimator.Scratch, Vectors: s.estimator.Vectors,
 	}
 	s.attended = attention.Row{Queries: s.scaled.rows, Keys: row.Keys, Values: row.Values, Softcap: g.Softcap}
 	if g.Sinks != nil {
@@ -299,7 +300,8 @@ func (p *Pipeline) estimate(s *Scratch, row *Row) (finite bool) {
 	if !grows {
 		s.cover.add(&s.selector, s.candidates, weights, s.tops)
 	}
-	s.isKept = slices.Grow(s.isKept[:0], len(s.candidates))[:len(s.candidates)]
+	words := (len(s.candidates) + 63) / 64
+	s.isKept = slices.Grow(s.isKept[:0], words)[:words]
 	clear(s.isKept)
 	return true
 }
@@ -345,7 +347,7 @@ func (p *Pipeline) prune(s *Scratch, row *Row, h, queryHead int) (coverage float
 	}
 	s.kept = p.pruner.Prune(s.kept[:0], &s.pruner)
 	for _, i := range s.kept {
-		s.isKept[i] = true
+		s.isKept[i/64] |= 1 << (i % 64)
 	}
 	return float32(1 / (1 + outside))
 }
@@ -357,19 +359,17 @@ func (p *Pipeline) limit(s *Scratch) {
 		return
 	}
 	kept := 0
-	for _, is := range s.isKept {
-		if is {
-			kept++
-		}
+	for _, word := range s.isKept {
+		kept += bits.OnesCount64(word)
 	}
-	want := min(max(kept, p.least), len(s.isKept))
+	want := min(max(kept, p.least), len(s.candidates))
 	if p.most > 0 {
 		want = min(want, p.most)
 	}
 	if want == kept {
 		return
 	}
-	s.shares = slices.Grow(s.shares[:0], len(s.isKept))[:len(s.isKept)]
+	s.shares = slices.Grow(s.shares[:0], len(s.candidates))[:len(s.candidates)]
 	clear(s.shares)
 	for _, weights := range s.weights.rows {
 		total := vek32.Sum(weights)
@@ -377,17 +377,20 @@ func (p *Pipeline) limit(s *Scratch) {
 			s.shares[i] += w / total
 		}
 	}
-	for i, is := range s.isKept {
-		switch {
+	for i := range s.shares {
+		switch is := s.isKept[i/64]>>(i%64)&1 == 1; {
 		case want > kept && is:
 			s.shares[i] = math.MaxFloat32
 		case want < kept && !is:
 			s.shares[i] = -1
 		}
 	}
+	clear(s.isKept)
 	least, ties := selector.Cut(s.shares, want)
 	for i, share := range s.shares {
-		s.isKept[i] = share > least || share == least && ties > 0
+		if share > least || share == least && ties > 0 {
+			s.isKept[i/64] |= 1 << (i % 64)
+		}
 		if share == least {
 			ties--
 		}
@@ -398,8 +401,9 @@ func (p *Pipeline) limit(s *Scratch) {
 // mass to its estimated weight of them.
 func (s *Scratch) list(dst []int32, mass, coverage []float32) []int32 {
 	s.kept = s.kept[:0]
-	for i, kept := range s.isKept {
-		if kept {
+	for w, word := range s.isKept {
+		for ; word != 0; word &= word - 1 {
+			i := 64*w + bits.TrailingZeros64(word)
 			s.kept = append(s.kept, int32(i))
 			dst = append(dst, s.candidates[i])
 		}

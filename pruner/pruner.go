@@ -27,8 +27,9 @@ type Row struct {
 	Keys kv.Reader
 	// Records reads the estimator's own shadow; nil if it declares none.
 	Records kv.Records
-	// Scratch is reused by the method from call to call with this Row.
+	// Scratch and Vectors are reused by the method from call to call with this Row.
 	Scratch []float32
+	Vectors kv.Vectors
 }
 
 // Pruner cuts one query head's candidates. Implementations hold configuration only and are safe for

@@ -5,27 +5,28 @@ import "math"
 // Cut tells the k largest scores, 1 <= k <= len(scores), from the others: they are all those above cut
 // and the first ties of those equal to it. Scores must not be NaN.
 //
-// It is a radix select, one digit of 8 bits a pass: O(len(scores)), whatever the scores.
+// It is a radix select, digits of 11, 11 and 10 bits: O(len(scores)), whatever the scores.
 func Cut(scores []float32, k int) (cut float32, ties int) {
-	var prefix, mask uint32
-	for shift := 24; shift >= 0; shift -= 8 {
-		var count [256]int
+	const most = 1<<11 - 1
+	found := uint32(0) // digits
+	for _, digit := range [...]struct{ shift, bits int }{{21, 11}, {10, 11}, {0, 10}} {
+		var count [most + 1]int
+		top := uint32(1)<<digit.bits - 1
 		for _, s := range scores {
-			if key := ordered(s); key&mask == prefix {
-				count[key>>shift&255]++
+			if key := ordered(s) >> digit.shift; key>>digit.bits == found {
+				count[key&top&most]++
 			}
 		}
-		digit := 255
-		for ; count[digit] < k; digit-- {
-			k -= count[digit]
+		d := top
+		for ; count[d&most] < k; d-- {
+			k -= count[d&most]
 		}
-		prefix |= uint32(digit) << shift
-		mask |= 255 << shift
+		found = found<<digit.bits | d
 	}
-	if prefix>>31 == 1 {
-		return math.Float32frombits(prefix &^ (1 << 31)), k
+	if found>>31 == 1 {
+		return math.Float32frombits(found &^ (1 << 31)), k
 	}
-	return math.Float32frombits(^prefix), k
+	return math.Float32frombits(^found), k
 }
 
 // ordered maps floats to integers of the same order; -0 and +0 are one.

@@ -73,4 +73,4 @@ gpu-bundle: cuda-toolchain ## Put all that a GPU machine needs to check and benc
 	cp gpu/cuda/bundle/* benchmark/efficiency/peers.py testdata/smollm2-demo.safetensors $(BUNDLE)/
 	mkdir $(BUNDLE)/python && cp -r client/python/src/twilight_client $(BUNDLE)/python/
 	cp benchmark/configs/config_{full,quest_twi_p95}.json $(BUNDLE)/configs/
-	@du -h -a $(BUNDLE) | sort -h
+	@du -h -a --max-depth=1 $(BUNDLE) | sort -h

@@ -653,10 +653,8 @@ func TestLayerAllocations(t *testing.T) {
 	for range 50 { // until each worker has met each row
 		layer()
 	}
-	if n := testing.AllocsPerRun(100, layer); n > 4 {
+	if n := testing.AllocsPerRun(100, layer); n != 0 {
 		t.Errorf("%v allocations per layer", n)
-	} else {
-		t.Logf("%v allocations per layer", n)
 	}
 }
 

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"runtime"
@@ -28,10 +29,7 @@ type Machine struct {
 
 // ThisMachine describes the machine, whose processor has a name.
 func ThisMachine(cpu string) Machine {
-	m := Machine{CPU: cpu, Cores: runtime.NumCPU(), Kernel: "plain Go"}
-	if simd.Accelerated() {
-		m.Kernel = "AVX2, FMA, F16C"
-	}
+	m := Machine{CPU: cpu, Cores: runtime.NumCPU(), Kernel: cmp.Or(simd.Instructions(), "plain Go")}
 	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
 		m.Load, _, _ = strings.Cut(string(load), " ")
 	}

@@ -39,7 +39,7 @@ func (f Format) params() int {
 
 func (f Format) paramBytes() int { return f.params() * kv.F16.Size() }
 
-func (f Format) codeBytes(dim int) int { return (dim*f.Bits + 7) / 8 }
+func (f Format) codeBytes(dim int) int { return simd.CodeBytes(f.Bits, dim) }
 
 // top is the largest code.
 func (f Format) top() float32 {
@@ -54,7 +54,7 @@ func (f Format) zeroOf(scale float32) float32 { return -f.top() / 2 * scale }
 
 // Put stores the vector of token t of a chunk. It overwrites the vector.
 func (f Format) Put(chunk []byte, t int, vector []float32) {
-	params, codes := f.split(chunk, t, len(vector))
+	params, codes := f.of(chunk, t, 1, len(vector))
 	low, high := vek32.Min(vector), vek32.Max(vector)
 	if f.Symmetric {
 		high = max(high, -low)
@@ -82,112 +82,86 @@ func (f Format) Put(chunk []byte, t int, vector []float32) {
 	pack(codes, vector, f.Bits)
 }
 
-// split returns the parameters and the codes of token t.
-func (f Format) split(chunk []byte, t, dim int) (params, codes []byte) {
+// of returns the parameters and the codes of n tokens of a chunk, from token t on.
+func (f Format) of(chunk []byte, t, n, dim int) (params, codes []byte) {
 	size := f.codeBytes(dim)
-	return chunk[t*f.paramBytes():][:f.paramBytes()], chunk[kv.ChunkTokens*f.paramBytes()+t*size:][:size]
+	return chunk[t*f.paramBytes():][:n*f.paramBytes()], chunk[kv.ChunkTokens*f.paramBytes()+t*size:][:n*size]
 }
 
-const (
-	block = 256 // vectors worked on at a time
-	few   = 4   // queries
-)
+// at returns those of n positions from one on, within a chunk.
+func (f Format) at(records kv.Records, position int32, n, dim int) (params, codes []byte) {
+	chunk, t := uint32(position)/kv.ChunkTokens, uint32(position)%kv.ChunkTokens
+	return f.of(records.Chunk(int(chunk)), int(t), n, dim)
+}
 
-// ScratchFloats is how much scratch Dots needs.
-func ScratchFloats(queries int) int { return queries }
-
-// Dots writes queries[n].vector(positions[i]) + constants[n] to out[n][i]. queries is [len(out)][dim],
-// constants [len(out)], and positions ascend.
-func (f Format) Dots(
-	out [][]float32, queries, constants []float32,
-	records kv.Records, positions []int32, dim int, scratch []float32,
-) {
-	sums := scratch[:len(out)]
-	for n := range out {
-		sums[n] = vek32.Sum(queries[n*dim:][:dim])
+// Dots writes queries[n].vector(positions[i]) + constants[n] to out[n][i]. queries is [len(constants)][dim], and
+// positions ascend.
+func (f Format) Dots(out [][]float32, queries, constants []float32, records kv.Records, positions []int32) {
+	dim := len(queries) / len(constants)
+	for from := 0; from < len(out); from += simd.Most {
+		to := min(from+simd.Most, len(out))
+		asked := simd.NewCodeQueries(f.Bits, queries[from*dim:to*dim], constants[from:to])
+		f.dots(out[from:to], &asked, records, positions, dim)
 	}
-	var b vectors
-	for at := 0; at < len(positions); at += block {
-		end := min(at+block, len(positions))
-		f.locate(&b, records, positions[at:min(end+simd.Ahead, len(positions))], dim)
-		fetchParams(records, positions[end:min(end+block, len(positions))])
-		for n := 0; n < len(out); n += few {
-			some := out[n:min(n+few, len(out))]
-			var rows [few][]float32
-			for i := range some {
-				rows[i] = queries[(n+i)*dim:][:dim]
-			}
-			simd.Dots(f.codes(), some, at, rows[:len(some)], b.codes[:b.n], end-at)
+}
+
+// ahead is for how many positions from the one it works on dots asks memory.
+const ahead = 4 * kv.ChunkTokens
+
+// found are vectors that adjoin.
+type found struct{ params, codes []byte }
+
+func (f Format) dots(out [][]float32, asked *simd.CodeQueries, records kv.Records, positions []int32, dim int) {
+	var pairs [2 * kv.ChunkTokens]float32
+	var ring [ahead]found
+	first, end, next := 0, 0, 0 // of the ring, and the position behind it
+	for at := 0; at < len(positions); first++ {
+		var codes []byte
+		for next < min(at+ahead, len(positions)) {
+			simd.Fetch(codes)
+			n := run(positions[next:])
+			next += n
+			r := &ring[end%ahead]
+			r.params, r.codes = f.at(records, positions[next-n], n, dim)
+			end++
+			simd.Fetch(r.params)
+			codes = r.codes
 		}
-		for n := range out {
-			b.scale(out[n][at:end], sums[n], constants[n])
+		r := &ring[first%ahead]
+		n := len(r.params) / f.paramBytes()
+		f.decode(pairs[:2*n], r.params)
+		asked.Dots(out, at, r.codes, pairs[:2*n], codes)
+		if len(codes) > len(r.codes) {
+			simd.Fetch(codes[len(r.codes):])
 		}
+		at += n
 	}
 }
 
-// codes is the type of codes.
-func (f Format) codes() simd.Type {
-	switch f.Bits {
-	case 2:
-		return simd.U2
-	case 4:
-		return simd.U4
+// run is how many of the positions, from the first on, are adjacent and within a chunk.
+func run(positions []int32) int {
+	first := positions[0]
+	n := min(kv.ChunkTokens-int(uint32(first)%kv.ChunkTokens), len(positions))
+	if positions[n-1] == first+int32(n-1) {
+		return n
 	}
-	return simd.U8
+	for n = 1; positions[n] == first+int32(n); n++ {
+	}
+	return n
 }
 
-// vectors are a block of vectors and the next ones: their parameters, and where their codes are.
-type vectors struct {
-	n             int
-	params        [2 * (block + simd.Ahead)]float32
-	scales, zeros [block + simd.Ahead]float32
-	codes         [block + simd.Ahead][]byte
-}
-
-// locate finds the vectors of positions, run by run of adjacent ones within a chunk.
-func (f Format) locate(b *vectors, records kv.Records, positions []int32, dim int) {
-	params, size := f.params(), f.codeBytes(dim)
-	b.n = len(positions)
-	for i := 0; i < b.n; {
-		p := uint32(positions[i])
-		record, token := records.Chunk(int(p/kv.ChunkTokens)), int(p%kv.ChunkTokens)
-		run := 1
-		for run < min(kv.ChunkTokens-token, b.n-i) && uint32(positions[i+run]) == p+uint32(run) {
-			run++
-		}
-		kv.F16.Decode(b.params[i*params:][:run*params], record[token*f.paramBytes():])
-		codes := record[kv.ChunkTokens*f.paramBytes()+token*size:]
-		for k := range b.codes[i : i+run] {
-			b.codes[i+k] = codes[k*size:][:size:size]
-		}
-		i += run
+// decode restores scales and zeros, in pairs.
+func (f Format) decode(params []float32, stored []byte) {
+	if !f.Symmetric {
+		simd.Decode(simd.F16, params, stored)
+		return
 	}
-	for i := range b.scales[:b.n] {
-		b.scales[i], b.zeros[i] = b.params[i*params], b.params[i*params+params-1]
+	n := len(params) / 2
+	kv.F16.Decode(params[:n], stored)
+	for i := n - 1; i >= 0; i-- {
+		scale := params[i]
+		params[2*i], params[2*i+1] = scale, f.zeroOf(scale)
 	}
-	if f.Symmetric {
-		vek32.MulNumber_Inplace(b.zeros[:b.n], f.zeroOf(1))
-	}
-}
-
-// fetchParams asks memory for the parameters of positions. That their codes are fetched does not help: they
-// lie apart.
-func fetchParams(records kv.Records, positions []int32) {
-	chunk := int32(-1)
-	for _, p := range positions {
-		if c := p / kv.ChunkTokens; c != chunk {
-			chunk = c
-			simd.Fetch(records.Chunk(int(chunk)))
-		}
-	}
-}
-
-// scale turns products with codes into products with vectors.
-func (b *vectors) scale(dots []float32, sum, constant float32) {
-	rest := vek32.MulNumber_Into(b.params[:len(dots)], b.zeros[:len(dots)], sum)
-	vek32.AddNumber_Inplace(rest, constant)
-	vek32.Mul_Inplace(dots, b.scales[:len(dots)])
-	vek32.Add_Inplace(dots, rest)
 }
 
 func isFinite(f float32) bool { return f-f == 0 }

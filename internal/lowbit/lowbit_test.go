@@ -10,7 +10,6 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
-	"github.com/twilight-sidecar/twilight/internal/simd"
 	"github.com/twilight-sidecar/twilight/kv"
 )
 
@@ -98,7 +97,7 @@ func TestDots(t *testing.T) {
 		for h := range out {
 			out[h] = make([]float32, len(positions))
 		}
-		f.Dots(out, queries, constants, r, positions, dim, make([]float32, ScratchFloats(heads)))
+		f.Dots(out, queries, constants, r, positions)
 		for i, p := range positions {
 			vector := plain(f, vectors[int(p)*dim:][:dim])
 			for h := range out {
@@ -135,7 +134,7 @@ func TestStaysWithinHalfAStep(t *testing.T) {
 		for d, want := range vector {
 			query, out := make([]float32, dim), [][]float32{{0}}
 			query[d] = 1
-			f.Dots(out, query, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1)))
+			f.Dots(out, query, []float32{0}, r, []int32{0})
 			if got := float64(out[0][0]); !(math.Abs(got-float64(want)) <= slack) {
 				t.Fatalf("element %d: %v, want %v +- %v", d, got, want, slack)
 			}
@@ -149,7 +148,7 @@ func TestKeepsZero(t *testing.T) {
 	for _, bits := range []int{2, 4, 8} {
 		f := Format{Bits: bits, Symmetric: true}
 		r, out := store(f, []float32{0, 1.7, -3.1}, 3), [][]float32{{9}}
-		f.Dots(out, []float32{1, 0, 0}, []float32{0}, r, []int32{0}, 3, make([]float32, ScratchFloats(1)))
+		f.Dots(out, []float32{1, 0, 0}, []float32{0}, r, []int32{0})
 		if out[0][0] != 0 {
 			t.Errorf("%d bits: 0 became %v", bits, out[0][0])
 		}
@@ -202,7 +201,7 @@ func TestUnusualVectors(t *testing.T) {
 				vector := slices.Repeat([]float32{test.second}, dim)
 				vector[0] = test.first
 				r, out := store(f, vector, dim), [][]float32{{0}}
-				f.Dots(out, ones, []float32{0}, r, []int32{0}, dim, make([]float32, ScratchFloats(1)))
+				f.Dots(out, ones, []float32{0}, r, []int32{0})
 				// fp16 keeps 11 bits of a scale.
 				slack := 1e-5
 				if symmetric {
@@ -228,7 +227,9 @@ func TestPack(t *testing.T) {
 		}
 		pack(packed, fractions, bits)
 		got := make([]float32, len(values))
-		simd.Decode(Format{Bits: bits}.codes(), got, packed)
+		for i := range got {
+			got[i] = float32(packed[i*bits/8] >> (i * bits % 8) & (1<<bits - 1))
+		}
 		if !slices.Equal(got, values) {
 			t.Fatalf("%d bits: %v, want %v", bits, got, values)
 		}
@@ -258,9 +259,9 @@ func BenchmarkDots(b *testing.B) {
 	for p := range positions {
 		positions[p] = int32(p)
 	}
-	query, scratch := normal(2, dim), make([]float32, ScratchFloats(1))
+	query := normal(2, dim)
 	for b.Loop() {
-		f.Dots(out, query, []float32{0}, r, positions, dim, scratch)
+		f.Dots(out, query, []float32{0}, r, positions)
 	}
 }
 

@@ -294,9 +294,13 @@ func (b farBuffer) Pull() error {
 func TestArmed(t *testing.T) {
 	t.Parallel()
 	c := daemon(t)
+	loaded, err := capture.Cut(smolLM2(t), []int{2, 17}, []int{1})
+	if err != nil {
+		t.Fatal(err)
+	}
 	var first []byte
 	for _, o := range []replay.Options{{}, {Armed: true}, {Memory: afar{}}, {Memory: afar{}, Armed: true}} {
-		o.Capture, o.Config = smolLM2(t), quest
+		o.Capture, o.Config = loaded, quest
 		report, err := json.Marshal(run(t, c, o))
 		if err != nil {
 			t.Fatal(err)

@@ -10,28 +10,43 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestReadsNothingElse runs the kernels on vectors that start behind an unmapped page, and on vectors that
-// end before one.
-func TestReadsNothingElse(t *testing.T) {
-	t.Parallel()
+// fenced returns a page between two that cannot be read.
+func fenced(t *testing.T) []byte {
+	t.Helper()
 	page := os.Getpagesize()
 	mapped, err := unix.Mmap(-1, 0, 3*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = unix.Munmap(mapped) }()
+	t.Cleanup(func() { _ = unix.Munmap(mapped) })
 	for _, part := range [][]byte{mapped[:page], mapped[2*page:]} {
 		if err := unix.Mprotect(part, unix.PROT_NONE); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return mapped[page : 2*page]
+}
+
+// TestReadsNothingElse runs the kernels on vectors that start behind an unmapped page, and on vectors that
+// end before one.
+func TestReadsNothingElse(t *testing.T) {
+	t.Parallel()
+	page := fenced(t)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // to tell where it failed
-	for _, typ := range types {
-		for dim := 1; dim <= 130; dim++ {
+	for dim := 1; dim <= 130; dim++ {
+		for _, typ := range types {
 			size := typ.Bytes(dim)
-			first, last := mapped[page:][:size:size], mapped[2*page-size:][:size:size]
-			vectors := [][]byte{first, last, first, last, last}
-			run(typ, vectors, dim)
+			first, last := page[:size:size], page[len(page)-size:]
+			run(typ, [][]byte{first, last, first, last, last}, dim)
+		}
+		for _, bits := range []int{2, 4, 8} {
+			for _, heads := range []int{1, 4} {
+				q := NewCodeQueries(bits, make([]float32, heads*dim), make([]float32, heads))
+				size := 3 * CodeBytes(bits, dim)
+				for _, codes := range [][]byte{page[:size], page[len(page)-size:]} {
+					q.Dots(sevens(heads, 3), 0, codes, make([]float32, 6), codes)
+				}
+			}
 		}
 	}
 }
@@ -40,9 +55,7 @@ func TestReadsNothingElse(t *testing.T) {
 func run(typ Type, vectors [][]byte, dim int) {
 	for _, heads := range []int{1, 4} {
 		Dots(typ, sevens(heads, len(vectors)), 0, sevens(heads, dim), vectors, len(vectors))
-		if !typ.isCode() {
-			Add(typ, sevens(heads, dim), sevens(heads, len(vectors)), 0, vectors, len(vectors))
-		}
+		Add(typ, sevens(heads, dim), sevens(heads, len(vectors)), 0, vectors, len(vectors))
 	}
 	Decode(typ, make([]float32, dim), vectors[0])
 }
@@ -89,9 +102,7 @@ func TestFaultsPanic(t *testing.T) {
 			kernels := map[string]func(){
 				"dots":   func() { Dots(typ, out, 0, queries, vectors, 4) },
 				"decode": func() { Decode(typ, queries[0], gone) },
-			}
-			if !typ.isCode() {
-				kernels["add"] = func() { Add(typ, sums, out, 0, vectors, 4) }
+				"add":    func() { Add(typ, sums, out, 0, vectors, 4) },
 			}
 			for name, f := range kernels {
 				if at := fault(f); at < uintptr(page) || at >= uintptr(page+size) {

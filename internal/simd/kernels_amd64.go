@@ -4,20 +4,39 @@ import "golang.org/x/sys/cpu"
 
 var accelerated = cpu.X86.HasAVX2 && cpu.X86.HasFMA && cpu.X86.HasF16C
 
+// wide tells whether there are kernels for two lots at once, which take twice as many.
+var wide = accelerated && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
+
+// places holds, for each mask of 8 bits, the places of those set.
+var places = tabulatePlaces()
+
+func tabulatePlaces() (t [1 << lot][lot]uint8) {
+	for mask := range t {
+		n := 0
+		for i := range uint8(lot) {
+			if mask>>i&1 == 1 {
+				t[mask][n] = i
+				n++
+			}
+		}
+	}
+	return t
+}
+
 // args are what a kernel works on; add kernels use n up.
 type args struct {
-	heads         [most]*float32 // queries, or weights
-	out           [most]*float32
+	heads         [Most]*float32 // queries, or weights
+	out           [Most]*float32
 	vectors, last *[]byte // of a slice
 	n             int     // vectors
 	lots          int     // of a vector
 	bytes         int     // of these
 }
 
-// dotLots is Dots for up to most heads and the first lots of elements.
+// dotLots is Dots for up to Most heads and the first lots of elements.
 func dotLots(t Type, out [][]float32, at int, queries [][]float32, vectors [][]byte, n, lots int) {
 	a := args{vectors: &vectors[0], last: &vectors[len(vectors)-1], n: n, lots: lots, bytes: t.Bytes(lots * lot)}
-	for i := range most {
+	for i := range Most {
 		h := min(i, len(out)-1) // the last head fills up, and writes the same again
 		a.heads[i], a.out[i] = &queries[h][:lots*lot][0], &out[h][at:][:n][0]
 	}
@@ -28,10 +47,10 @@ func dotLots(t Type, out [][]float32, at int, queries [][]float32, vectors [][]b
 	}
 }
 
-// addLots is Add for up to most heads, the first lots of elements and a multiple of some vectors.
+// addLots is Add for up to Most heads, the first lots of elements and a multiple of some vectors.
 func addLots(t Type, out, weights [][]float32, at int, vectors [][]byte, n, lots int) {
 	a := args{vectors: &vectors[0], last: &vectors[len(vectors)-1], n: n, lots: lots, bytes: t.Bytes(lots * lot)}
-	for i := range most {
+	for i := range Most {
 		h := min(i, len(out)-1)
 		a.heads[i], a.out[i] = &weights[h][at:][:n][0], &out[h][:lots*lot][0]
 	}
@@ -42,41 +61,100 @@ func addLots(t Type, out, weights [][]float32, at int, vectors [][]byte, n, lots
 	}
 }
 
+// codeArgs are what a kernel for codes works on.
+type codeArgs struct {
+	heads, out      [Most]*float32
+	sums, constants [Most]float32
+	codes           *byte
+	params          *float32
+	next            *byte // to be asked of memory
+	n               int   // vectors
+	lots, bytes     int   // of a vector
+}
+
+// dots is Dots for whole lots.
+func (q *CodeQueries) dots(out [][]float32, at int, codes []byte, params []float32, next []byte) {
+	a := codeArgs{
+		sums: q.sums, constants: q.constants, codes: &codes[0], params: &params[0], next: &next[0],
+		n: len(params) / 2, lots: q.dim / lot, bytes: CodeBytes(q.bits, q.dim),
+	}
+	for i := range Most {
+		h := i
+		if h >= q.heads {
+			h = 0 // which is written last
+		}
+		a.heads[i], a.out[i] = &q.query(h)[0], &out[h][at:][:a.n][0]
+	}
+	one := q.heads == 1
+	switch {
+	case q.bits == 2 && one:
+		codes1U2(&a)
+	case q.bits == 2:
+		codes4U2(&a)
+	case q.bits == 4 && wide && a.lots%2 == 0 && one:
+		codes1U4Wide(&a)
+	case q.bits == 4 && wide && a.lots%2 == 0:
+		codes4U4Wide(&a)
+	case q.bits == 4 && one:
+		codes1U4(&a)
+	case q.bits == 4:
+		codes4U4(&a)
+	case one:
+		codes1U8(&a)
+	default:
+		codes4U8(&a)
+	}
+}
+
 func dot4(t Type, a *args) {
+	isWide := wide && a.lots%2 == 0
 	switch t {
 	case F32:
-		dot4F32(a)
+		if isWide {
+			dot4F32Wide(a)
+		} else {
+			dot4F32(a)
+		}
 	case F16:
-		dot4F16(a)
+		if isWide {
+			dot4F16Wide(a)
+		} else {
+			dot4F16(a)
+		}
 	case BF16:
-		dot4BF16(a)
+		if isWide {
+			dot4BF16Wide(a)
+		} else {
+			dot4BF16(a)
+		}
 	case F8:
 		dot4F8(a)
-	case U8:
-		dot4U8(a)
-	case U4:
-		dot4U4(a)
-	case U2:
-		dot4U2(a)
 	}
 }
 
 func dot1(t Type, a *args) {
+	isWide := wide && a.lots%2 == 0
 	switch t {
 	case F32:
-		dot1F32(a)
+		if isWide {
+			dot1F32Wide(a)
+		} else {
+			dot1F32(a)
+		}
 	case F16:
-		dot1F16(a)
+		if isWide {
+			dot1F16Wide(a)
+		} else {
+			dot1F16(a)
+		}
 	case BF16:
-		dot1BF16(a)
+		if isWide {
+			dot1BF16Wide(a)
+		} else {
+			dot1BF16(a)
+		}
 	case F8:
 		dot1F8(a)
-	case U8:
-		dot1U8(a)
-	case U4:
-		dot1U4(a)
-	case U2:
-		dot1U2(a)
 	}
 }
 
@@ -90,7 +168,6 @@ func add4(t Type, a *args) {
 		add4BF16(a)
 	case F8:
 		add4F8(a)
-	default: // codes are asked, never added
 	}
 }
 
@@ -104,7 +181,6 @@ func add1(t Type, a *args) {
 		add1BF16(a)
 	case F8:
 		add1F8(a)
-	default:
 	}
 }
 
@@ -133,16 +209,16 @@ func dot4F16(a *args)
 func dot4BF16(a *args)
 
 //go:noescape
+func dot4F32Wide(a *args)
+
+//go:noescape
+func dot4F16Wide(a *args)
+
+//go:noescape
+func dot4BF16Wide(a *args)
+
+//go:noescape
 func dot4F8(a *args)
-
-//go:noescape
-func dot4U8(a *args)
-
-//go:noescape
-func dot4U4(a *args)
-
-//go:noescape
-func dot4U2(a *args)
 
 //go:noescape
 func dot1F32(a *args)
@@ -154,16 +230,16 @@ func dot1F16(a *args)
 func dot1BF16(a *args)
 
 //go:noescape
+func dot1F32Wide(a *args)
+
+//go:noescape
+func dot1F16Wide(a *args)
+
+//go:noescape
+func dot1BF16Wide(a *args)
+
+//go:noescape
 func dot1F8(a *args)
-
-//go:noescape
-func dot1U8(a *args)
-
-//go:noescape
-func dot1U4(a *args)
-
-//go:noescape
-func dot1U2(a *args)
 
 //go:noescape
 func add4F32(a *args)
@@ -199,4 +275,33 @@ func decodeBF16Lots(dst *float32, src *byte, lots int)
 func decodeF8Lots(dst *float32, src *byte, lots int)
 
 //go:noescape
-func fetch(p *byte)
+func fetch(p *byte, n int)
+
+// atLeastLots writes indices from 0 on, 8 at a time, of which all but those it counts are to be overwritten.
+//
+//go:noescape
+func atLeastLots(dst *int32, x *float32, least float32, lots int) int
+
+//go:noescape
+func codes1U2(a *codeArgs)
+
+//go:noescape
+func codes1U4(a *codeArgs)
+
+//go:noescape
+func codes1U8(a *codeArgs)
+
+//go:noescape
+func codes4U2(a *codeArgs)
+
+//go:noescape
+func codes4U4(a *codeArgs)
+
+//go:noescape
+func codes4U8(a *codeArgs)
+
+//go:noescape
+func codes1U4Wide(a *codeArgs)
+
+//go:noescape
+func codes4U4Wide(a *codeArgs)

@@ -60,6 +60,27 @@
 	VPAND     Y15, Y, Y \
 	VCVTDQ2PS Y, Y
 
+// A WIDE macro loads 16 elements.
+
+#define LOAD_F32WIDE(AT, Z) \
+	VMOVUPS AT, Z
+
+#define LOAD_F16WIDE(AT, Z) \
+	VCVTPH2PS AT, Z
+
+#define LOAD_BF16WIDE(AT, Z) \
+	VPMOVZXWD AT, Z \
+	VPSLLD    $16, Z, Z
+
+// Each double word gets the 4 bits that are its code, and others that the table of codes' values ignores.
+#define SETUP_U4WIDE \
+	VMOVDQU32 u4wide<>+0(SB), Z14 \
+	VMOVDQU32 u4wide<>+64(SB), Z15
+
+#define LOAD_U4WIDE(AT, Z) \
+	VPMULTISHIFTQB.BCST AT, Z14, Z \
+	VPERMPS             Z15, Z, Z
+
 DATA fp8<>+0(SB)/8, $0x3f803f803f803f80
 DATA fp8<>+8(SB)/8, $0x3f803f803f803f80
 DATA fp8<>+16(SB)/8, $0x8000800080008000
@@ -91,13 +112,32 @@ DATA u2<>+48(SB)/8, $0x0000000300000003
 DATA u2<>+56(SB)/8, $0x0000000300000003
 GLOBL u2<>(SB), RODATA|NOPTR, $64
 
+// Where in a quad word the codes start, and the values of codes.
+DATA u4wide<>+0(SB)/8, $0x0000000400000000
+DATA u4wide<>+8(SB)/8, $0x0000000c00000008
+DATA u4wide<>+16(SB)/8, $0x0000001400000010
+DATA u4wide<>+24(SB)/8, $0x0000001c00000018
+DATA u4wide<>+32(SB)/8, $0x0000002400000020
+DATA u4wide<>+40(SB)/8, $0x0000002c00000028
+DATA u4wide<>+48(SB)/8, $0x0000003400000030
+DATA u4wide<>+56(SB)/8, $0x0000003c00000038
+DATA u4wide<>+64(SB)/8, $0x3f80000000000000
+DATA u4wide<>+72(SB)/8, $0x4040000040000000
+DATA u4wide<>+80(SB)/8, $0x40a0000040800000
+DATA u4wide<>+88(SB)/8, $0x40e0000040c00000
+DATA u4wide<>+96(SB)/8, $0x4110000041000000
+DATA u4wide<>+104(SB)/8, $0x4130000041200000
+DATA u4wide<>+112(SB)/8, $0x4150000041400000
+DATA u4wide<>+120(SB)/8, $0x4170000041600000
+GLOBL u4wide<>(SB), RODATA|NOPTR, $128
+
 // While a vector is worked on, another one NEAR behind it in the list is asked of memory, and the first line
 // of one FAR behind: its page may be new to the processor, which has to look up where it is, and then goes
 // ahead by itself. Both go to the second cache, as vectors of one head may compete for few places in the
 // first. These macros use R14 and want AX to point to args, R12 into the list.
 #define HEADER 24
-#define NEAR (20*HEADER)
-#define FAR (32*HEADER)
+#define NEAR (32*HEADER)
+#define FAR (48*HEADER)
 
 #define FETCH_FAR(HEADERS) \
 	LEAQ       (FAR+HEADERS)(R12), R14 \
@@ -112,17 +152,25 @@ GLOBL u2<>(SB), RODATA|NOPTR, $64
 	CMOVQHI args_last(AX), TO \
 	MOVQ    (TO), TO
 
-// NEXT1 points SI to the next vector. It uses CX, too.
+// NEXT1 points SI to the next vector, and R14 to the one that FETCH asks for.
 #define NEXT1 \
 	FETCH_FAR(0) \
 	FIND_NEAR(0, R14) \
-	MOVQ args_bytes(AX), CX \
-fetch: \
-	PREFETCHT1 -1(R14)(CX*1) \
-	SUBQ       $64, CX \
-	JGT        fetch \
 	MOVQ       (R12), SI \
 	ADDQ       $HEADER, R12
+
+// FETCH asks for the next bytes of the vector at R14, up to a line; FETCH_LINES for two. All of it at once would
+// stop the arithmetic.
+#define FETCH(BYTES) \
+	PREFETCHT1 (R14) \
+	ADDQ       $(BYTES), R14
+
+#define FETCH_LINES(BYTES) \
+	PREFETCHT1 (R14) \
+	PREFETCHT1 ((BYTES)-64)(R14) \
+	ADDQ       $(BYTES), R14
+
+#define NO_FETCH(BYTES)
 
 // NEXT4 points SI, CX, DX and R14 to the next 4 vectors, and R8 to R11 to those that FETCH4 asks for, of which
 // it takes a line each where AX, the place in the vectors, begins one.
@@ -150,24 +198,10 @@ fetch: \
 	PREFETCHT1 (R11)(AX*1) \
 fetched:
 
-// DOT4 multiplies each vector by 4 queries. Elements 0-7 and 8-15 of each 16 have sums of their own: 8
-// sums, as many as two multipliers have in flight.
-#define DOT4(SETUP, LOAD, BYTES) \
-	MOVQ a+0(FP), AX \
-	MOVQ args_heads+0(AX), R8 \
-	MOVQ args_heads+8(AX), R9 \
-	MOVQ args_heads+16(AX), R10 \
-	MOVQ args_heads+24(AX), R11 \
-	MOVQ args_out+0(AX), BX \
-	MOVQ args_out+8(AX), DI \
-	MOVQ args_out+16(AX), R13 \
-	MOVQ args_out+24(AX), R15 \
-	MOVQ args_vectors(AX), R12 \
-	XORQ DX, DX \
-	SETUP \
-vector: \
-	NEXT1 \
-	MOVQ   args_lots(AX), CX \
+// PRODUCTS4 multiplies the vector at SI, of CX lots, by the 4 queries at R8 to R11, and moves SI behind it. The
+// products are in X0. Elements 0-7 and 8-15 of each 16 have sums of their own: 8 sums, as many as two
+// multipliers have in flight. It uses AX.
+#define PRODUCTS4(LOAD, BYTES, FETCH) \
 	XORQ   AX, AX \
 	VXORPS Y0, Y0, Y0 \
 	VXORPS Y1, Y1, Y1 \
@@ -180,6 +214,7 @@ vector: \
 	SUBQ   $2, CX \
 	JLT    odd \
 lots: \
+	FETCH(2*BYTES) \
 	LOAD((SI), X8, Y8) \
 	LOAD(BYTES(SI), X9, Y9) \
 	VFMADD231PS (R8)(AX*1), Y8, Y0 \
@@ -197,25 +232,104 @@ lots: \
 odd: \
 	TESTQ $1, CX \
 	JZ    sum \
+	FETCH(BYTES) \
 	LOAD((SI), X8, Y8) \
 	VFMADD231PS (R8)(AX*1), Y8, Y0 \
 	VFMADD231PS (R9)(AX*1), Y8, Y2 \
 	VFMADD231PS (R10)(AX*1), Y8, Y4 \
 	VFMADD231PS (R11)(AX*1), Y8, Y6 \
+	ADDQ $BYTES, SI \
 sum: \
-	VADDPS       Y1, Y0, Y0 \
-	VADDPS       Y3, Y2, Y2 \
-	VADDPS       Y5, Y4, Y4 \
-	VADDPS       Y7, Y6, Y6 \
+	VADDPS Y1, Y0, Y0 \
+	VADDPS Y3, Y2, Y2 \
+	VADDPS Y5, Y4, Y4 \
+	VADDPS Y7, Y6, Y6 \
+	SUM4
+
+// SUM4 adds up Y0, Y2, Y4 and Y6.
+#define SUM4 \
 	VHADDPS      Y2, Y0, Y0 \
 	VHADDPS      Y6, Y4, Y4 \
 	VHADDPS      Y4, Y0, Y0 \
 	VEXTRACTF128 $1, Y0, X1 \
-	VADDPS       X1, X0, X0 \
-	VMOVSS       X0, (BX)(DX*4) \
-	VEXTRACTPS   $1, X0, (DI)(DX*4) \
-	VEXTRACTPS   $2, X0, (R13)(DX*4) \
-	VEXTRACTPS   $3, X0, (R15)(DX*4) \
+	VADDPS       X1, X0, X0
+
+// WIDE4 is PRODUCTS4 with twice the lot and half as many.
+#define WIDE4(LOAD, BYTES, FETCH) \
+	XORQ  AX, AX \
+	VPXORD Z0, Z0, Z0 \
+	VPXORD Z1, Z1, Z1 \
+	VPXORD Z2, Z2, Z2 \
+	VPXORD Z3, Z3, Z3 \
+	VPXORD Z4, Z4, Z4 \
+	VPXORD Z5, Z5, Z5 \
+	VPXORD Z6, Z6, Z6 \
+	VPXORD Z7, Z7, Z7 \
+	SUBQ  $4, CX \
+	JLT   odd \
+lots: \
+	FETCH(2*BYTES) \
+	LOAD((SI), Z8) \
+	LOAD(BYTES(SI), Z9) \
+	VFMADD231PS (R8)(AX*1), Z8, Z0 \
+	VFMADD231PS (R9)(AX*1), Z8, Z2 \
+	VFMADD231PS (R10)(AX*1), Z8, Z4 \
+	VFMADD231PS (R11)(AX*1), Z8, Z6 \
+	VFMADD231PS 64(R8)(AX*1), Z9, Z1 \
+	VFMADD231PS 64(R9)(AX*1), Z9, Z3 \
+	VFMADD231PS 64(R10)(AX*1), Z9, Z5 \
+	VFMADD231PS 64(R11)(AX*1), Z9, Z7 \
+	ADDQ $(2*BYTES), SI \
+	ADDQ $128, AX \
+	SUBQ $4, CX \
+	JGE  lots \
+odd: \
+	TESTQ $2, CX \
+	JZ    sum \
+	FETCH(BYTES) \
+	LOAD((SI), Z8) \
+	VFMADD231PS (R8)(AX*1), Z8, Z0 \
+	VFMADD231PS (R9)(AX*1), Z8, Z2 \
+	VFMADD231PS (R10)(AX*1), Z8, Z4 \
+	VFMADD231PS (R11)(AX*1), Z8, Z6 \
+	ADDQ $BYTES, SI \
+sum: \
+	VADDPS        Z1, Z0, Z0 \
+	VADDPS        Z3, Z2, Z2 \
+	VADDPS        Z5, Z4, Z4 \
+	VADDPS        Z7, Z6, Z6 \
+	VEXTRACTF64X4 $1, Z0, Y1 \
+	VEXTRACTF64X4 $1, Z2, Y3 \
+	VEXTRACTF64X4 $1, Z4, Y5 \
+	VEXTRACTF64X4 $1, Z6, Y7 \
+	VADDPS        Y1, Y0, Y0 \
+	VADDPS        Y3, Y2, Y2 \
+	VADDPS        Y5, Y4, Y4 \
+	VADDPS        Y7, Y6, Y6 \
+	SUM4
+
+// DOT4 multiplies each vector by 4 queries.
+#define DOT4(SETUP, PRODUCTS, LOAD, BYTES, FETCH) \
+	MOVQ a+0(FP), AX \
+	MOVQ args_heads+0(AX), R8 \
+	MOVQ args_heads+8(AX), R9 \
+	MOVQ args_heads+16(AX), R10 \
+	MOVQ args_heads+24(AX), R11 \
+	MOVQ args_out+0(AX), BX \
+	MOVQ args_out+8(AX), DI \
+	MOVQ args_out+16(AX), R13 \
+	MOVQ args_out+24(AX), R15 \
+	MOVQ args_vectors(AX), R12 \
+	XORQ DX, DX \
+	SETUP \
+vector: \
+	NEXT1 \
+	MOVQ args_lots(AX), CX \
+	PRODUCTS(LOAD, BYTES, FETCH) \
+	VMOVSS     X0, (BX)(DX*4) \
+	VEXTRACTPS $1, X0, (DI)(DX*4) \
+	VEXTRACTPS $2, X0, (R13)(DX*4) \
+	VEXTRACTPS $3, X0, (R15)(DX*4) \
 	INCQ DX \
 	MOVQ a+0(FP), AX \
 	CMPQ DX, args_n(AX) \
@@ -223,23 +337,15 @@ sum: \
 	VZEROUPPER \
 	RET
 
-// DOT1 is DOT4 for one query, and adds up in the same order.
-#define DOT1(SETUP, LOAD, BYTES) \
-	MOVQ a+0(FP), AX \
-	MOVQ args_heads+0(AX), R8 \
-	MOVQ args_out+0(AX), BX \
-	MOVQ args_vectors(AX), R12 \
-	MOVQ args_n(AX), DX \
-	SETUP \
-vector: \
-	NEXT1 \
-	MOVQ   args_lots(AX), CX \
+// PRODUCT1 is PRODUCTS4 for one query, and adds up in the same order. It uses DI in place of AX.
+#define PRODUCT1(LOAD, BYTES, FETCH) \
 	MOVQ   R8, DI \
 	VXORPS Y0, Y0, Y0 \
 	VXORPS Y1, Y1, Y1 \
 	SUBQ   $2, CX \
 	JLT    odd \
 lots: \
+	FETCH(2*BYTES) \
 	LOAD((SI), X8, Y8) \
 	LOAD(BYTES(SI), X9, Y9) \
 	VFMADD231PS (DI), Y8, Y0 \
@@ -251,18 +357,135 @@ lots: \
 odd: \
 	TESTQ $1, CX \
 	JZ    sum \
+	FETCH(BYTES) \
 	LOAD((SI), X8, Y8) \
 	VFMADD231PS (DI), Y8, Y0 \
+	ADDQ $BYTES, SI \
 sum: \
-	VADDPS       Y1, Y0, Y0 \
+	VADDPS Y1, Y0, Y0 \
+	SUM1
+
+// SUM1 adds up Y0.
+#define SUM1 \
 	VHADDPS      Y0, Y0, Y0 \
 	VHADDPS      Y0, Y0, Y0 \
 	VEXTRACTF128 $1, Y0, X1 \
-	VADDSS       X1, X0, X0 \
-	VMOVSS       X0, (BX) \
+	VADDSS       X1, X0, X0
+
+// WIDE1 is PRODUCT1 with twice the lot and half as many.
+#define WIDE1(LOAD, BYTES, FETCH) \
+	MOVQ   R8, DI \
+	VPXORD Z0, Z0, Z0 \
+	VPXORD Z1, Z1, Z1 \
+	SUBQ   $4, CX \
+	JLT    odd \
+lots: \
+	FETCH(2*BYTES) \
+	LOAD((SI), Z8) \
+	LOAD(BYTES(SI), Z9) \
+	VFMADD231PS (DI), Z8, Z0 \
+	VFMADD231PS 64(DI), Z9, Z1 \
+	ADDQ $(2*BYTES), SI \
+	ADDQ $128, DI \
+	SUBQ $4, CX \
+	JGE  lots \
+odd: \
+	TESTQ $2, CX \
+	JZ    sum \
+	FETCH(BYTES) \
+	LOAD((SI), Z8) \
+	VFMADD231PS (DI), Z8, Z0 \
+	ADDQ $BYTES, SI \
+sum: \
+	VADDPS        Z1, Z0, Z0 \
+	VEXTRACTF64X4 $1, Z0, Y1 \
+	VADDPS        Y1, Y0, Y0 \
+	SUM1
+
+// DOT1 is DOT4 for one query.
+#define DOT1(SETUP, PRODUCT, LOAD, BYTES, FETCH) \
+	MOVQ a+0(FP), AX \
+	MOVQ args_heads+0(AX), R8 \
+	MOVQ args_out+0(AX), BX \
+	MOVQ args_vectors(AX), R12 \
+	MOVQ args_n(AX), DX \
+	SETUP \
+vector: \
+	NEXT1 \
+	MOVQ args_lots(AX), CX \
+	PRODUCT(LOAD, BYTES, FETCH) \
+	VMOVSS X0, (BX) \
 	ADDQ $4, BX \
 	DECQ DX \
 	JNZ  vector \
+	VZEROUPPER \
+	RET
+
+// CODES4 multiplies vectors of codes that adjoin by 4 queries. Meanwhile memory is asked for others, a vector at a
+// time: all of it at once would stop the arithmetic.
+#define CODES4(SETUP, PRODUCTS, LOAD, BYTES) \
+	MOVQ a+0(FP), AX \
+	MOVQ codeArgs_heads+0(AX), R8 \
+	MOVQ codeArgs_heads+8(AX), R9 \
+	MOVQ codeArgs_heads+16(AX), R10 \
+	MOVQ codeArgs_heads+24(AX), R11 \
+	MOVQ codeArgs_out+0(AX), BX \
+	MOVQ codeArgs_out+8(AX), DI \
+	MOVQ codeArgs_out+16(AX), R13 \
+	MOVQ codeArgs_out+24(AX), R15 \
+	MOVQ codeArgs_codes(AX), SI \
+	MOVQ codeArgs_params(AX), R12 \
+	MOVQ codeArgs_next(AX), R14 \
+	XORQ DX, DX \
+	SETUP \
+vector: \
+	MOVQ       codeArgs_bytes(AX), CX \
+	PREFETCHT1 (R14) \
+	PREFETCHT1 -1(R14)(CX*1) \
+	ADDQ       CX, R14 \
+	MOVQ       codeArgs_lots(AX), CX \
+	PRODUCTS(LOAD, BYTES, NO_FETCH) \
+	MOVQ         a+0(FP), AX \
+	VMOVUPS      codeArgs_sums(AX), X2 \
+	VBROADCASTSS 4(R12)(DX*8), X3 \
+	VFMADD213PS  codeArgs_constants(AX), X3, X2 \
+	VBROADCASTSS (R12)(DX*8), X1 \
+	VFMADD213PS  X2, X1, X0 \
+	VEXTRACTPS   $3, X0, (R15)(DX*4) \
+	VEXTRACTPS   $2, X0, (R13)(DX*4) \
+	VEXTRACTPS   $1, X0, (DI)(DX*4) \
+	VMOVSS       X0, (BX)(DX*4) \
+	INCQ DX \
+	CMPQ DX, codeArgs_n(AX) \
+	JLT  vector \
+	VZEROUPPER \
+	RET
+
+// CODES1 is CODES4 for one query.
+#define CODES1(SETUP, PRODUCT, LOAD, BYTES) \
+	MOVQ a+0(FP), AX \
+	MOVQ codeArgs_heads+0(AX), R8 \
+	MOVQ codeArgs_out+0(AX), BX \
+	MOVQ codeArgs_codes(AX), SI \
+	MOVQ codeArgs_params(AX), R12 \
+	MOVQ codeArgs_next(AX), R14 \
+	XORQ DX, DX \
+	SETUP \
+vector: \
+	MOVQ       codeArgs_bytes(AX), CX \
+	PREFETCHT1 (R14) \
+	PREFETCHT1 -1(R14)(CX*1) \
+	ADDQ       CX, R14 \
+	MOVQ       codeArgs_lots(AX), CX \
+	PRODUCT(LOAD, BYTES, NO_FETCH) \
+	VMOVSS      codeArgs_sums(AX), X2 \
+	VMOVSS      4(R12)(DX*8), X3 \
+	VFMADD213SS codeArgs_constants(AX), X3, X2 \
+	VFMADD132SS (R12)(DX*8), X2, X0 \
+	VMOVSS      X0, (BX)(DX*4) \
+	INCQ DX \
+	CMPQ DX, codeArgs_n(AX) \
+	JLT  vector \
 	VZEROUPPER \
 	RET
 
@@ -384,59 +607,91 @@ lots: \
 
 // func dot4F32(a *args)
 TEXT ·dot4F32(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, LOAD_F32, 32)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_F32, 32, FETCH)
 
 // func dot4F16(a *args)
 TEXT ·dot4F16(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, LOAD_F16, 16)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_F16, 16, FETCH)
 
 // func dot4BF16(a *args)
 TEXT ·dot4BF16(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, LOAD_BF16, 16)
+	DOT4(NO_SETUP, PRODUCTS4, LOAD_BF16, 16, FETCH)
+
+// func dot4F32Wide(a *args)
+TEXT ·dot4F32Wide(SB), NOSPLIT, $0-8
+	DOT4(NO_SETUP, WIDE4, LOAD_F32WIDE, 64, FETCH_LINES)
+
+// func dot4F16Wide(a *args)
+TEXT ·dot4F16Wide(SB), NOSPLIT, $0-8
+	DOT4(NO_SETUP, WIDE4, LOAD_F16WIDE, 32, FETCH)
+
+// func dot4BF16Wide(a *args)
+TEXT ·dot4BF16Wide(SB), NOSPLIT, $0-8
+	DOT4(NO_SETUP, WIDE4, LOAD_BF16WIDE, 32, FETCH)
 
 // func dot4F8(a *args)
 TEXT ·dot4F8(SB), NOSPLIT, $0-8
-	DOT4(SETUP_F8, LOAD_F8, 8)
-
-// func dot4U8(a *args)
-TEXT ·dot4U8(SB), NOSPLIT, $0-8
-	DOT4(NO_SETUP, LOAD_U8, 8)
-
-// func dot4U4(a *args)
-TEXT ·dot4U4(SB), NOSPLIT, $0-8
-	DOT4(SETUP_U4, LOAD_U4, 4)
-
-// func dot4U2(a *args)
-TEXT ·dot4U2(SB), NOSPLIT, $0-8
-	DOT4(SETUP_U2, LOAD_U2, 2)
+	DOT4(SETUP_F8, PRODUCTS4, LOAD_F8, 8, FETCH)
 
 // func dot1F32(a *args)
 TEXT ·dot1F32(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, LOAD_F32, 32)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_F32, 32, FETCH)
 
 // func dot1F16(a *args)
 TEXT ·dot1F16(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, LOAD_F16, 16)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_F16, 16, FETCH)
 
 // func dot1BF16(a *args)
 TEXT ·dot1BF16(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, LOAD_BF16, 16)
+	DOT1(NO_SETUP, PRODUCT1, LOAD_BF16, 16, FETCH)
+
+// func dot1F32Wide(a *args)
+TEXT ·dot1F32Wide(SB), NOSPLIT, $0-8
+	DOT1(NO_SETUP, WIDE1, LOAD_F32WIDE, 64, FETCH_LINES)
+
+// func dot1F16Wide(a *args)
+TEXT ·dot1F16Wide(SB), NOSPLIT, $0-8
+	DOT1(NO_SETUP, WIDE1, LOAD_F16WIDE, 32, FETCH)
+
+// func dot1BF16Wide(a *args)
+TEXT ·dot1BF16Wide(SB), NOSPLIT, $0-8
+	DOT1(NO_SETUP, WIDE1, LOAD_BF16WIDE, 32, FETCH)
 
 // func dot1F8(a *args)
 TEXT ·dot1F8(SB), NOSPLIT, $0-8
-	DOT1(SETUP_F8, LOAD_F8, 8)
+	DOT1(SETUP_F8, PRODUCT1, LOAD_F8, 8, FETCH)
 
-// func dot1U8(a *args)
-TEXT ·dot1U8(SB), NOSPLIT, $0-8
-	DOT1(NO_SETUP, LOAD_U8, 8)
+// func codes1U2(a *codeArgs)
+TEXT ·codes1U2(SB), NOSPLIT, $0-8
+	CODES1(SETUP_U2, PRODUCT1, LOAD_U2, 2)
 
-// func dot1U4(a *args)
-TEXT ·dot1U4(SB), NOSPLIT, $0-8
-	DOT1(SETUP_U4, LOAD_U4, 4)
+// func codes1U4(a *codeArgs)
+TEXT ·codes1U4(SB), NOSPLIT, $0-8
+	CODES1(SETUP_U4, PRODUCT1, LOAD_U4, 4)
 
-// func dot1U2(a *args)
-TEXT ·dot1U2(SB), NOSPLIT, $0-8
-	DOT1(SETUP_U2, LOAD_U2, 2)
+// func codes1U8(a *codeArgs)
+TEXT ·codes1U8(SB), NOSPLIT, $0-8
+	CODES1(NO_SETUP, PRODUCT1, LOAD_U8, 8)
+
+// func codes4U2(a *codeArgs)
+TEXT ·codes4U2(SB), NOSPLIT, $0-8
+	CODES4(SETUP_U2, PRODUCTS4, LOAD_U2, 2)
+
+// func codes4U4(a *codeArgs)
+TEXT ·codes4U4(SB), NOSPLIT, $0-8
+	CODES4(SETUP_U4, PRODUCTS4, LOAD_U4, 4)
+
+// func codes4U8(a *codeArgs)
+TEXT ·codes4U8(SB), NOSPLIT, $0-8
+	CODES4(NO_SETUP, PRODUCTS4, LOAD_U8, 8)
+
+// func codes1U4Wide(a *codeArgs)
+TEXT ·codes1U4Wide(SB), NOSPLIT, $0-8
+	CODES1(SETUP_U4WIDE, WIDE1, LOAD_U4WIDE, 8)
+
+// func codes4U4Wide(a *codeArgs)
+TEXT ·codes4U4Wide(SB), NOSPLIT, $0-8
+	CODES4(SETUP_U4WIDE, WIDE4, LOAD_U4WIDE, 8)
 
 // func add4F32(a *args)
 TEXT ·add4F32(SB), NOSPLIT, $72-8
@@ -482,8 +737,41 @@ TEXT ·decodeBF16Lots(SB), NOSPLIT, $0-24
 TEXT ·decodeF8Lots(SB), NOSPLIT, $0-24
 	DECODE(SETUP_F8, LOAD_F8, 8)
 
-// func fetch(p *byte)
-TEXT ·fetch(SB), NOSPLIT, $0-8
-	MOVQ       p+0(FP), AX
-	PREFETCHT0 (AX)
+// func fetch(p *byte, n int)
+TEXT ·fetch(SB), NOSPLIT, $0-16
+	MOVQ p+0(FP), AX
+	MOVQ n+8(FP), CX
+lines:
+	PREFETCHT1 (AX)
+	ADDQ       $64, AX
+	SUBQ       $64, CX
+	JGT        lines
+	RET
+
+// func atLeastLots(dst *int32, x *float32, least float32, lots int) int
+TEXT ·atLeastLots(SB), NOSPLIT, $0-40
+	MOVQ         dst+0(FP), DI
+	MOVQ         x+8(FP), SI
+	MOVQ         lots+24(FP), CX
+	VBROADCASTSS least+16(FP), Y0
+	MOVL         $8, AX
+	VMOVD        AX, X1
+	VPBROADCASTD X1, Y1
+	VPXOR        Y2, Y2, Y2
+	LEAQ         ·places(SB), R8
+	XORQ         DX, DX
+lots:
+	VCMPPS    $2, (SI), Y0, Y3 // least <= x
+	VMOVMSKPS Y3, AX
+	VPMOVZXBD (R8)(AX*8), Y4
+	VPADDD    Y2, Y4, Y4
+	VMOVDQU   Y4, (DI)(DX*4)
+	POPCNTL   AX, AX
+	ADDQ      AX, DX
+	VPADDD    Y1, Y2, Y2
+	ADDQ      $32, SI
+	DECQ      CX
+	JNZ       lots
+	MOVQ      DX, ret+32(FP)
+	VZEROUPPER
 	RET

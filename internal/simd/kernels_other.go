@@ -2,7 +2,7 @@
 
 package simd
 
-const accelerated = false
+const accelerated, wide = false, false
 
 func dotLots(Type, [][]float32, int, [][]float32, [][]byte, int, int) {}
 
@@ -10,4 +10,8 @@ func addLots(Type, [][]float32, [][]float32, int, [][]byte, int, int) {}
 
 func decodeLots(Type, []float32, []byte, int) int { return 0 }
 
-func fetch(*byte) {}
+func (*CodeQueries) dots([][]float32, int, []byte, []float32, []byte) {}
+
+func fetch(*byte, int) {}
+
+func atLeastLots(*int32, *float32, float32, int) int { return 0 }

@@ -60,18 +60,6 @@ func decode(t Type, dst []float32, src []byte) {
 		decodeBF16(dst, src)
 	case F8:
 		decodeF8(dst, src)
-	case U8:
-		for i := range dst {
-			dst[i] = float32(src[i])
-		}
-	case U4:
-		for i := range dst {
-			dst[i] = float32(src[i/2] >> (i % 2 * 4) & 15)
-		}
-	case U2:
-		for i := range dst {
-			dst[i] = float32(src[i/4] >> (i % 4 * 2) & 3)
-		}
 	}
 }
 

@@ -1,38 +1,42 @@
 package simd
 
-import "unsafe"
-
 // Type is how the elements of a vector are stored: little-endian, without alignment.
 type Type uint8
 
-// The types. F8 is OCP's e4m3, without infinities. U4 and U2 are codes, of which a byte's lowest bits hold
-// the first.
+// The types. F8 is OCP's e4m3, without infinities.
 const (
 	F32 Type = iota
 	F16
 	BF16
 	F8
-	U8
-	U4
-	U2
 )
 
-var bits = [...]int{F32: 32, F16: 16, BF16: 16, F8: 8, U8: 8, U4: 4, U2: 2}
+var sizes = [...]int{F32: 4, F16: 2, BF16: 2, F8: 1}
 
 // Bytes is the size of a vector of n elements.
-func (t Type) Bytes(n int) int { return (n*bits[t] + 7) / 8 }
+func (t Type) Bytes(n int) int { return n * sizes[t] }
 
-// Accelerated tells whether this machine runs the assembly.
-func Accelerated() bool { return accelerated }
+// Instructions names the extensions that the assembly uses on this machine, "" if it is not run.
+func Instructions() string {
+	switch {
+	case wide:
+		return "AVX2, FMA, F16C, AVX-512"
+	case accelerated:
+		return "AVX2, FMA, F16C"
+	}
+	return ""
+}
+
+// Most is how many heads a vector is decoded for at once.
+const Most = 4
 
 const (
 	lot  = 8 // elements
-	most = 4 // heads at once
 	some = 4 // vectors that are added at once
 )
 
 // Ahead is how many vectors from the one it works on Dots and Add ask memory for.
-const Ahead = 32
+const Ahead = 48
 
 // Dots writes the product of queries[h] and the i-th of the first n vectors to out[h][at+i]. Vectors
 // behind the n-th are only asked of memory: those of the next call, up to Ahead.
@@ -42,8 +46,8 @@ func Dots(t Type, out [][]float32, at int, queries [][]float32, vectors [][]byte
 	done := 0
 	if lots := dim / lot; accelerated && lots > 0 && n > 0 {
 		done = lots * lot
-		for h := 0; h < len(queries); h += most {
-			end := min(h+most, len(queries))
+		for h := 0; h < len(queries); h += Most {
+			end := min(h+Most, len(queries))
 			dotLots(t, out[h:end], at, queries[h:end], vectors, n, lots)
 		}
 	}
@@ -52,16 +56,16 @@ func Dots(t Type, out [][]float32, at int, queries [][]float32, vectors [][]byte
 	}
 }
 
-// Add adds weights[h][at+i] times the i-th of the first n vectors to out[h], in their order. t is no type of
-// codes. Vectors behind the n-th are only asked of memory, as Dots does.
+// Add adds weights[h][at+i] times the i-th of the first n vectors to out[h], in their order.
+// Vectors behind the n-th are only asked of memory, as Dots does.
 func Add(t Type, out, weights [][]float32, at int, vectors [][]byte, n int) {
 	dim := len(out[0])
 	check(vectors[:n], t.Bytes(dim))
 	done, whole := 0, n/some*some
 	if lots := dim / lot; accelerated && lots > 0 && whole > 0 {
 		done = lots * lot
-		for h := 0; h < len(out); h += most {
-			end := min(h+most, len(out))
+		for h := 0; h < len(out); h += Most {
+			end := min(h+Most, len(out))
 			addLots(t, out[h:end], weights[h:end], at, vectors, whole, lots)
 		}
 		plainAdd(t, out, weights, at+whole, vectors[whole:n], 0, done)
@@ -69,8 +73,12 @@ func Add(t Type, out, weights [][]float32, at int, vectors [][]byte, n int) {
 	plainAdd(t, out, weights, at, vectors[:n], done, dim)
 }
 
-// Fetch asks memory for the first cache line of b, which is to be read soon.
-func Fetch(b []byte) { fetch(unsafe.SliceData(b)) }
+// Fetch asks memory for b, which is to be read soon.
+func Fetch(b []byte) {
+	if len(b) > 0 {
+		fetch(&b[0], len(b))
+	}
+}
 
 // check panics unless all vectors have the size.
 func check(vectors [][]byte, size int) {

@@ -11,13 +11,11 @@ import (
 	"pgregory.net/rapid"
 )
 
-var types = []Type{F32, F16, BF16, F8, U8, U4, U2}
+var types = []Type{F32, F16, BF16, F8}
 
 func (t Type) String() string {
-	return [...]string{"F32", "F16", "BF16", "F8", "U8", "U4", "U2"}[t]
+	return [...]string{"F32", "F16", "BF16", "F8"}[t]
 }
-
-func (t Type) isCode() bool { return t >= U8 }
 
 // element is an element by the definition of its type.
 func (t Type) element(vector []byte, i int) float64 {
@@ -42,18 +40,12 @@ func (t Type) element(vector []byte, i int) float64 {
 		return float(int(binary.LittleEndian.Uint16(vector[2*i:])), 5, 10, false)
 	case BF16:
 		return float(int(binary.LittleEndian.Uint16(vector[2*i:])), 8, 7, false)
-	case F8:
-		return float(int(vector[i]), 4, 3, true)
-	case U8:
-		return float64(vector[i])
-	case U4:
-		return float64(vector[i/2] >> (i % 2 * 4) & 15)
 	default:
-		return float64(vector[i/4] >> (i % 4 * 2) & 3)
+		return float(int(vector[i]), 4, 3, true)
 	}
 }
 
-// vector makes a vector of n elements between -8 and 8, or of codes, at an odd place.
+// vector makes a vector of n elements between -8 and 8 at an odd place.
 func (t Type) vector(random *rand.Rand, n int) []byte {
 	size := t.Bytes(n)
 	v := make([]byte, size+8)[random.IntN(8):][:size:size]
@@ -68,12 +60,6 @@ func (t Type) vector(random *rand.Rand, n int) []byte {
 			binary.LittleEndian.PutUint16(v[2*i:], uint16(random.IntN(0x4800)|random.IntN(2)<<15))
 		case F8:
 			v[i] = byte(random.IntN(0x50) | random.IntN(2)<<7)
-		default: // codes come below
-		}
-	}
-	if t.isCode() {
-		for i := range v {
-			v[i] = byte(random.Uint32())
 		}
 	}
 	return v
@@ -95,7 +81,7 @@ type example struct {
 	heads, weights [][]float32
 }
 
-func examples(t *rapid.T, types []Type) *example {
+func examples(t *rapid.T) *example {
 	e := &example{
 		t:   rapid.SampledFrom(types).Draw(t, "type"),
 		dim: rapid.OneOf(rapid.IntRange(1, 40), rapid.SampledFrom([]int{64, 80, 96, 128, 256, 300})).Draw(t, "dim"),
@@ -125,7 +111,7 @@ func sevens(rows, columns int) [][]float32 {
 func TestDots(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
-		e := examples(t, types)
+		e := examples(t)
 		out, plain := sevens(len(e.heads), e.at+e.n+1), sevens(len(e.heads), e.at+e.n+1)
 		Dots(e.t, out, e.at, e.heads, e.vectors, e.n)
 		plainDots(e.t, plain, e.at, e.heads, e.vectors[:e.n], 0)
@@ -160,7 +146,7 @@ func TestDots(t *testing.T) {
 func TestAdd(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
-		e := examples(t, []Type{F32, F16, BF16, F8})
+		e := examples(t)
 		out, plain := sevens(len(e.heads), e.dim), sevens(len(e.heads), e.dim)
 		Add(e.t, out, e.weights, e.at, e.vectors, e.n)
 		plainAdd(e.t, plain, e.weights, e.at, e.vectors[:e.n], 0, e.dim)
@@ -190,12 +176,12 @@ func TestAdd(t *testing.T) {
 // TestEveryCode decodes all codes by each way there is: in bulk, plainly, and within a product.
 func TestEveryCode(t *testing.T) {
 	t.Parallel()
-	for _, typ := range []Type{F16, BF16, F8, U8, U4, U2} {
+	for _, typ := range []Type{F16, BF16, F8} {
 		var codes []byte
 		for code := range 1 << 16 {
 			codes = binary.LittleEndian.AppendUint16(codes, uint16(code))
 		}
-		n := len(codes) * 8 / bits[typ]
+		n := len(codes) / sizes[typ]
 		decoded, plain := make([]float32, n), make([]float32, n)
 		Decode(typ, decoded, codes)
 		decode(typ, plain, codes)
@@ -216,17 +202,15 @@ func TestEveryCode(t *testing.T) {
 				if typ.finite(vector) {
 					got = append(got, dot[0][0])
 				}
-				if !typ.isCode() {
-					clear(sum[0])
-					zero := make([]byte, len(vector))
-					Add(typ, sum, one, 0, [][]byte{vector, zero, zero, zero}, 4)
-					got = append(got, sum[0][d])
-				}
+				clear(sum[0])
+				zero := make([]byte, len(vector))
+				Add(typ, sum, one, 0, [][]byte{vector, zero, zero, zero}, 4)
+				got = append(got, sum[0][d])
 				for way, x := range got {
 					if float64(x) != want && !(math.IsNaN(float64(x)) && math.IsNaN(want)) {
 						t.Fatalf("%v, way %d: element %d of % x is %v, want %v", typ, way, d, vector, x, want)
 					}
-					if way < 2 && !typ.isCode() && math.Signbit(float64(x)) != typ.negative(vector, d) {
+					if way < 2 && math.Signbit(float64(x)) != typ.negative(vector, d) {
 						t.Fatalf("%v, way %d: element %d of % x has another sign", typ, way, d, vector)
 					}
 				}
@@ -239,7 +223,7 @@ func TestEveryCode(t *testing.T) {
 func (t Type) negative(vector []byte, i int) bool { return vector[t.Bytes(i+1)-1]>>7 == 1 }
 
 func (t Type) finite(vector []byte) bool {
-	for d := range len(vector) * 8 / bits[t] {
+	for d := range len(vector) / sizes[t] {
 		if x := t.element(vector, d); x-x != 0 {
 			return false
 		}
@@ -302,17 +286,26 @@ func TestNoAllocation(t *testing.T) {
 		if n := testing.AllocsPerRun(10, func() {
 			Dots(typ, out, 0, queries, vectors, 4)
 			Decode(typ, sums[0], vectors[0])
-			if !typ.isCode() {
-				Add(typ, sums, out, 0, vectors, 4)
-			}
+			Add(typ, sums, out, 0, vectors, 4)
 		}); n != 0 {
 			t.Errorf("%v: %v allocations", typ, n)
+		}
+	}
+	for _, bits := range []int{2, 4, 8} {
+		c := someCodes(random, bits, 50, 4, Most)
+		var indices []int32
+		if n := testing.AllocsPerRun(10, func() {
+			q := NewCodeQueries(bits, c.queries, c.constants)
+			q.Dots(out[:Most], 0, c.data, c.params, nil)
+			indices = AtLeast(indices[:0], out[0], 0)
+		}); n != 0 {
+			t.Errorf("codes of %d bits: %v allocations", bits, n)
 		}
 	}
 }
 
 // benchmark runs f over vectors in the first cache.
-func benchmark(b *testing.B, types []Type, f func(typ Type, m, n [][]float32, vectors [][]byte)) {
+func benchmark(b *testing.B, f func(typ Type, m, n [][]float32, vectors [][]byte)) {
 	const dim, n = 128, 64
 	random := rand.New(rand.NewPCG(1, 2))
 	for _, typ := range types {
@@ -333,13 +326,13 @@ func benchmark(b *testing.B, types []Type, f func(typ Type, m, n [][]float32, ve
 }
 
 func BenchmarkDots(b *testing.B) {
-	benchmark(b, types, func(typ Type, queries, out [][]float32, vectors [][]byte) {
+	benchmark(b, func(typ Type, queries, out [][]float32, vectors [][]byte) {
 		Dots(typ, out, 0, queries, vectors, len(vectors))
 	})
 }
 
 func BenchmarkAdd(b *testing.B) {
-	benchmark(b, types[:4], func(typ Type, out, weights [][]float32, vectors [][]byte) {
+	benchmark(b, func(typ Type, out, weights [][]float32, vectors [][]byte) {
 		Add(typ, out, weights, 0, vectors, len(vectors))
 	})
 }

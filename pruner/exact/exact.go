@@ -1,10 +1,6 @@
 package exact
 
 import (
-	"slices"
-
-	"github.com/viterin/vek/vek32"
-
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/pruner"
 )
@@ -29,15 +25,10 @@ func (exact) Shadow() kv.Shadow { return nil }
 func (exact) Exact() bool       { return true }
 
 func (exact) Logits(logits [][]float32, row *pruner.Row, positions []int32) {
-	const block = 64 // tokens: their keys stay in the first cache for all queries
-	row.Scratch = slices.Grow(row.Scratch[:0], block*row.Dim)
-	at := 0
-	for some := range slices.Chunk(positions, block) {
-		keys := row.Scratch[:len(some)*row.Dim]
-		row.Keys.Gather(keys, some)
-		for i, query := range row.Queries {
-			vek32.MatMul_Into(logits[i][at:at+len(some)], keys, query, row.Dim)
-		}
-		at += len(some)
+	const block = 256 // tokens: their places stay in the first cache
+	for at := 0; at < len(positions); at += block {
+		n := min(block, len(positions)-at)
+		row.Keys.LocateAt(&row.Vectors, positions[at:min(at+n+kv.Ahead, len(positions))])
+		row.Vectors.Dots(logits, at, row.Queries, n)
 	}
 }

@@ -10,7 +10,8 @@
 // p may differ by layer and by query head, and lists may be held to a least and a largest size:
 // pruner.Limits, none of which Twilight has.
 //
-// The set is found without sorting or bisection. A histogram of the weights by the leading bits of
-// their floating-point form (32 bins an octave over 32 octaves) tells the bin in which the sum reaches
-// p; only that bin is sorted. Sums are float64 in a fixed order. Cost: two passes over the candidates.
+// The set is found without sorting or bisection. Weights below (1-p) of the mean are set aside, since all of
+// them together are less than what may be left out. A histogram of the others by the leading bits of their
+// floating-point form (32 bins an octave over 32 octaves) tells the bin in which the sum reaches p; only
+// that bin is sorted. Cost: two quick passes over the candidates, three over those not set aside.
 package topp

@@ -5,7 +5,10 @@ import (
 	"math"
 	"slices"
 
+	"github.com/viterin/vek/vek32"
+
 	"github.com/twilight-sidecar/twilight/internal/fault"
+	"github.com/twilight-sidecar/twilight/internal/simd"
 	"github.com/twilight-sidecar/twilight/pruner"
 )
 
@@ -48,14 +51,7 @@ func (t *topP) Prune(dst []int32, c *pruner.Candidates) []int32 {
 	if c.P > 0 {
 		p = float64(c.P)
 	}
-	var sums [bins]float64
-	for _, w := range c.Weights {
-		sums[bin(w)] += float64(w)
-	}
-	total := 0.0
-	for _, s := range sums {
-		total += s
-	}
+	total := weight(c.Weights)
 	need := p * total * (1 + c.Outside)
 	if need >= total { // with p = 1, also candidates too light to show in a sum
 		for i := range c.Weights {
@@ -64,32 +60,49 @@ func (t *topP) Prune(dst []int32, c *pruner.Candidates) []int32 {
 		return dst
 	}
 
+	// Weights below this are set aside: together they are less than what may be left out.
+	least := float32((total - need) / float64(len(c.Weights)) * (1 - 1e-6))
+	c.Scratch = simd.AtLeast(c.Scratch[:0], c.Weights, least)
+	heavy := c.Scratch
+	var sums [bins]float64
+	for _, i := range heavy {
+		w := c.Weights[i]
+		sums[bin(w)] += float64(w)
+	}
 	sum, edge := 0.0, 0
-	for ; sum+sums[edge] < need; edge++ {
+	for ; edge < bins-1 && sum+sums[edge] < need; edge++ {
 		sum += sums[edge]
 	}
-	c.Scratch = c.Scratch[:0]
-	for i, w := range c.Weights {
-		if bin(w) == edge {
-			c.Scratch = append(c.Scratch, int32(i))
+	for _, i := range heavy {
+		if bin(c.Weights[i]) == edge {
+			c.Scratch = append(c.Scratch, i)
 		}
 	}
-	slices.SortFunc(c.Scratch, func(a, b int32) int {
+	atEdge := c.Scratch[len(heavy):]
+	slices.SortFunc(atEdge, func(a, b int32) int {
 		return cmp.Or(cmp.Compare(c.Weights[b], c.Weights[a]), cmp.Compare(a, b))
 	})
 	var last int32 // kept of the edge bin
-	for _, last = range c.Scratch {
+	for _, last = range atEdge {
 		if sum += float64(c.Weights[last]); sum >= need {
 			break
 		}
 	}
-	least := c.Weights[last]
-	for i, w := range c.Weights {
-		if w > least || w == least && int32(i) <= last {
-			dst = append(dst, int32(i))
+	least = c.Weights[last]
+	for _, i := range heavy {
+		if w := c.Weights[i]; w > least || w == least && i <= last {
+			dst = append(dst, i)
 		}
 	}
 	return dst
+}
+
+// weight adds up weights, blocks of which are few enough to lose nothing in float32 that matters.
+func weight(weights []float32) (total float64) {
+	for some := range slices.Chunk(weights, 256) {
+		total += float64(vek32.Sum(some))
+	}
+	return total
 }
 
 const (

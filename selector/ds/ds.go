@@ -4,7 +4,6 @@ import (
 	"strconv"
 
 	"github.com/twilight-sidecar/twilight/internal/fault"
-	"github.com/twilight-sidecar/twilight/internal/lowbit"
 	"github.com/twilight-sidecar/twilight/kv"
 	"github.com/twilight-sidecar/twilight/selector"
 )
@@ -61,15 +60,14 @@ func (d ds) Select(dst []int32, row *selector.Row) []int32 {
 		return selector.All(dst, row)
 	}
 	r := d.labels.r
-	scratch := lowbit.ScratchFloats(1)
-	f32 := row.Scratch.Floats(n + row.Dim + r + scratch)
+	f32 := row.Scratch.Floats(n + row.Dim + r)
 	scores, query, label := selector.Take(&f32, n), selector.Take(&f32, row.Dim), selector.Take(&f32, r)
 	row.Sum(query)
 	for i, channel := range list {
 		label[i] = query[channel]
 	}
 	row.Scratch.I32 = selector.All(row.Scratch.I32[:0], row)
-	d.labels.format.Dots([][]float32{scores}, label, []float32{0}, row.Records, row.Scratch.I32, r, f32)
+	d.labels.format.Dots([][]float32{scores}, label, []float32{0}, row.Records, row.Scratch.I32)
 	return selector.Top(dst, row, scores, budget)
 }
 

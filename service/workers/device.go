@@ -360,7 +360,7 @@ func (d *device) launch(ctx context.Context) (*process, *twilightv1.Device, erro
 		return w, told, nil
 	}
 	switch {
-	case starting.Err() != nil:
+	case status.Code(err) == codes.DeadlineExceeded:
 		w.kill(endStartTimeout)
 		err = fmt.Errorf("it was not ready within %v", d.supervisor.options.StartTimeout)
 	case len(status.Convert(err).Details()) > 0: // the worker's own word

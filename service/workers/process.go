@@ -83,8 +83,8 @@ func startProcess(ctx context.Context, d *device) (*process, error) {
 	dialled := false
 	w.conn, err = grpc.NewClient("passthrough:///worker",
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithIdleTimeout(0), grpc.WithNoProxy(),
-		// The driver takes its time before the worker answers.
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: d.supervisor.options.StartTimeout}),
+		// The driver takes its time before the worker answers; it is StartTimeout that bounds it.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: 2 * d.supervisor.options.StartTimeout}),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			if dialled { // gRPC dials one at a time
 				return nil, errGone

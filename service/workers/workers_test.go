@@ -331,26 +331,22 @@ func TestDrain(t *testing.T) {
 // used all along.
 func TestUnusable(t *testing.T) {
 	t.Parallel()
-	for how, test := range map[string]struct {
-		says    string
-		timeout time.Duration
-	}{
-		"no kernels for this GPU": {"no kernels for this GPU", deadline},
-		"crash":                   {"the driver says no", deadline},
-		"hang":                    {"not ready within", 3 * time.Second},
+	for how, says := range map[string]string{
+		"no kernels for this GPU": "no kernels for this GPU",
+		"crash":                   "the driver says no",
 	} {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			dir := folder(t)
 			wrong(t, dir, "GPU-0", how)
-			d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: test.timeout})
+			d := serve(t, dir, workers.Options{Spares: 1})
 			c := dial(t, dir)
 			told, err := c.Capabilities(t.Context(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, test.says) {
-				t.Errorf("unusable because of %q, not %q", why, test.says)
+			if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, says) {
+				t.Errorf("unusable because of %q, not %q", why, says)
 			}
 			if why := told.GetDevices()[1].GetUnusable(); why != "" {
 				t.Errorf("the other GPU is unusable: %s", why)
@@ -369,6 +365,28 @@ func TestUnusable(t *testing.T) {
 			newEngine(t, c, "GPU-0").mustDecode(30)
 		})
 	}
+}
+
+// A worker that takes too long to start is killed, and another started later.
+func TestSlowStart(t *testing.T) {
+	t.Parallel()
+	dir := oneGPU(t)
+	wrong(t, dir, "GPU-0", "hang")
+	d := serve(t, dir, workers.Options{Spares: 1, StartTimeout: 3 * time.Second})
+	c := dial(t, dir)
+	told, err := c.Capabilities(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if why := told.GetDevices()[0].GetUnusable(); !strings.Contains(why, "not ready within 3s") {
+		t.Errorf("unusable because of %q", why)
+	}
+	d.becomes(t, fmt.Sprintf(ends, "start_timeout"), 1)
+	if err := os.Remove(filepath.Join(dir, "GPU-0")); err != nil {
+		t.Fatal(err)
+	}
+	d.becomes(t, `twilight_gpu_usable{twilight_device_id="GPU-0"}`, 1)
+	newEngine(t, c, "GPU-0").mustDecode(30)
 }
 
 // The daemon tells of all leases, and goes on counting what workers did that are gone.

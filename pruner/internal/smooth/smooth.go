@@ -152,7 +152,7 @@ func (e Estimator) Index(head, chunk []byte, keys []float32, dim int, _, fresh u
 // Logits implements pruner.Estimator.
 func (e Estimator) Logits(logits [][]float32, row *pruner.Row, positions []int32) {
 	dim, heads := row.Dim, len(row.Queries)
-	f32 := slices.Grow(row.Scratch[:0], (3+heads)*dim+heads+lowbit.ScratchFloats(heads))
+	f32 := slices.Grow(row.Scratch[:0], (3+heads)*dim+heads)
 	row.Scratch = f32
 	take := func(n int) []float32 {
 		f32 = f32[:n]
@@ -163,11 +163,11 @@ func (e Estimator) Logits(logits [][]float32, row *pruner.Row, positions []int32
 
 	// Smoothing moves into the query: q' = q*s, and q.mean is a constant.
 	mean, s, reach := take(dim), take(dim), take(dim)
-	folded, constants := take(heads*dim), take(heads)
-	clear(constants)
 	if e.Smoothing != None {
 		readHead(mean, s, reach, row.Records.Head())
 	}
+	folded, constants := take(heads*dim), take(heads)
+	clear(constants)
 	for h, query := range row.Queries {
 		q := folded[h*dim:][:dim]
 		copy(q, query)
@@ -178,7 +178,7 @@ func (e Estimator) Logits(logits [][]float32, row *pruner.Row, positions []int32
 			vek32.Mul_Inplace(q, s)
 		}
 	}
-	e.Format.Dots(logits, folded, constants, row.Records, positions, dim, take(lowbit.ScratchFloats(heads)))
+	e.Format.Dots(logits, folded, constants, row.Records, positions)
 }
 
 func isFinite(f float32) bool { return f-f == 0 }
