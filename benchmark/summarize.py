@@ -88,6 +88,7 @@ def plot(folders: Iterable[Path], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "twilight"})  # the same file each time
     from matplotlib import pyplot as plt
 
     panels: dict[tuple[str, str, str], list[Line]] = {}
@@ -99,7 +100,9 @@ def plot(folders: Iterable[Path], file: Path) -> None:
     for axis, ((benchmark, model, task), found) in zip(axes.flat, panels.items(), strict=False):
         for x in found:
             if x.kept is None:
-                axis.axhline(x.score, color="grey", linewidth=1, label=x.method)
+                axis.axhline(x.score, color="grey", linewidth=1)
+                place = (0.01, x.score)
+                axis.annotate(x.method, place, xycoords=("axes fraction", "data"), va="bottom", fontsize=7)
             else:
                 axis.plot(x.kept, x.score, "o")
                 axis.annotate(x.method, (x.kept, x.score), xytext=(4, 4), textcoords="offset points", fontsize=7)
