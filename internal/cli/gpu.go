@@ -29,7 +29,7 @@ type OpenGPU func(uuid string, kind gpu.RegionKind) (GPU, error)
 
 // place says where the memory of the engine lies that a command plays.
 type place struct {
-	Device string `default:"host" placeholder:"DEVICE" help:"Where the engine's memory lies: host, cuda for the GPU that the daemon serves, or a GPU's UUID (host)."`
+	Device string `aliases:"backend" default:"host" placeholder:"DEVICE" help:"Where the engine's memory lies: host, cuda for the GPU that the daemon serves, or a GPU's UUID (host)."`
 	Lend   string `enum:"ipc,vmm" default:"ipc" help:"How a GPU's memory is lent: ipc, as one allocation, or vmm, by the chunks of virtual memory management (ipc)."`
 }
 
