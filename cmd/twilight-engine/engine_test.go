@@ -142,7 +142,7 @@ func (b hashed) Pull() error {
 	return err
 }
 
-// TestReplay holds a GPU's replay against the CPU's, for every kind of memory, and against itself.
+// TestReplay holds a GPU's replay against the CPU's, for every kind of memory, and against itself, and so armed.
 func TestReplay(t *testing.T) {
 	loaded, err := capture.Decode(testdata.SmolLM2)
 	if *file != "" {
@@ -173,23 +173,23 @@ func TestReplay(t *testing.T) {
 		{"twilight, bf16, packed", twiConfig, kv.BF16, layout.Packed},
 		{"twilight, slots", twiConfig, kv.F16, layout.Slots},
 	} {
-		run := func(c *client.Client, memory replay.Memory, device string) *replay.Report {
+		run := func(c *client.Client, memory replay.Memory, device string, armed bool) *replay.Report {
 			t.Helper()
 			r, err := replay.Run(t.Context(), c, replay.Options{
-				Capture: loaded, Config: tc.config, DType: tc.dtype, Layout: tc.layout, Seed: 1, Memory: memory, Device: device,
+				Capture: loaded, Config: tc.config, DType: tc.dtype, Layout: tc.layout, Seed: 1, Memory: memory, Device: device, Armed: armed,
 			})
 			if err != nil {
 				t.Fatalf("%s: %v", tc.name, err)
 			}
 			return r
 		}
-		want := run(onHost, nil, "")
+		want := run(onHost, nil, "", false)
 		var first [32]byte
 		for i, memory := range []*lender{
 			lends(t, gpu.CUDAIPC, 0), lends(t, gpu.CUDAIPC, 4096+512), lends(t, gpu.CUDAVMM, 0), lends(t, gpu.CUDAVMM, 3<<20+256),
 		} {
 			sum := sha256.New()
-			got := run(onGPU, hashing{memory, sum}, memory.UUID())
+			got := run(onGPU, hashing{memory, sum}, memory.UUID(), false)
 			memory.freeAfter(t)
 			off, most := differences(want, got)
 			t.Logf("%s, %v at %d: kept %.1f (CPU %.1f), at most %d off; error %.2g (CPU %.2g), mass %.4f (CPU %.4f)",
@@ -205,6 +205,14 @@ func TestReplay(t *testing.T) {
 				first = got
 			} else if got != first {
 				t.Errorf("%s, %v: the outputs' bits differ from the first run's", tc.name, memory.kind)
+			}
+		}
+		for _, kind := range []gpu.RegionKind{gpu.CUDAIPC, gpu.CUDAVMM} {
+			memory := lends(t, kind, 0)
+			off, _ := differences(want, run(onGPU, memory, memory.UUID(), true))
+			memory.freeAfter(t)
+			for _, what := range off {
+				t.Errorf("%s, armed, %v: %s", tc.name, kind, what)
 			}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync"
 
 	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/gpu"
@@ -30,9 +31,14 @@ type lender struct {
 	kind     gpu.RegionKind
 	headroom int // bytes that lie before it in what is exported
 	all      []*engine.Memory
+	lent     sync.Map // *engine.Memory by *client.Buffer
+	streams  []*engine.Stream
 }
 
-var _ cli.GPU = (*lender)(nil)
+var (
+	_ cli.GPU          = (*lender)(nil)
+	_ replay.GPUMemory = (*lender)(nil)
+)
 
 // Lend implements replay.Memory.
 func (l *lender) Lend(ctx context.Context, s *client.Session, size int, access client.Access) (replay.Buffer, error) {
@@ -42,6 +48,7 @@ func (l *lender) Lend(ctx context.Context, s *client.Session, size int, access c
 	}
 	l.all = append(l.all, m)
 	lent, err := lend(ctx, s, m, 0, size, access)
+	l.lent.Store(lent, m)
 	return &buffer{Memory: m, lent: lent, copied: make([]byte, size)}, err
 }
 
@@ -90,10 +97,14 @@ func (l *lender) Close() error { return errors.Join(l.free(), l.GPU.Close()) }
 
 func (l *lender) free() error {
 	var errs []error
+	for _, s := range l.streams {
+		errs = append(errs, s.Close())
+	}
 	for _, m := range l.all {
 		errs = append(errs, m.Release())
 	}
-	l.all = nil
+	l.all, l.streams = nil, nil
+	l.lent.Clear()
 	return errors.Join(errs...)
 }
 

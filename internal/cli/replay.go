@@ -40,7 +40,7 @@ type replayCmd struct {
 	PageSize int           `default:"16" placeholder:"N" help:"Tokens of a page; slots and contiguous have their own (16)."`
 	DType    string        `name:"dtype" enum:"fp16,bf16,fp32,fp8" default:"fp16" help:"Element type of the cache: fp16, bf16, fp32 or fp8 (fp16)."`
 	Seed     uint64        `default:"1" help:"Shuffles the cache's pages (1)."`
-	Armed    bool          `help:"Arm each step: its layers meet the daemon at words in shared memory, without messages."`
+	Armed    bool          `help:"Arm each step: its layers meet the daemon at words in lent memory, without messages."`
 	Pace     time.Duration `default:"0s" placeholder:"DURATION" help:"Least time from a step to the next, to watch them come."`
 	JSON     bool          `name:"json" help:"Print the report as JSON, and nothing else, on stdout."`
 }

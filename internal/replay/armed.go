@@ -39,7 +39,23 @@ func (e *engine) describe(ctx context.Context) (err error) {
 			},
 		})
 	}
+	if gpu, ok := e.Memory.(GPUMemory); ok {
+		return e.describeStreams(ctx, gpu)
+	}
 	return nil
+}
+
+// describeStreams makes a GPU's streams run and release armed steps.
+func (e *engine) describeStreams(ctx context.Context, gpu GPUMemory) (err error) {
+	if e.words, err = e.Memory.Lend(ctx, e.session, client.WordBytes(len(e.how.Layers)), client.ReadWrite); err != nil {
+		return err
+	}
+	e.how.Words = e.words.Lent()
+	if e.how.Release, err = gpu.NewStream(); err != nil {
+		return err
+	}
+	e.stream, err = gpu.NewStream()
+	return err
 }
 
 // decodeArmed runs a step whose token is in the cache, armed.
@@ -60,11 +76,12 @@ func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
 	if err != nil {
 		return err
 	}
-	for i := range c.Layers {
-		armed.Layer(i).Ready()
-		if err := armed.Layer(i).Wait(ctx); err != nil {
-			return err
-		}
+	run := e.runOnHost
+	if e.stream != nil {
+		run = e.runOnStream
+	}
+	if err := run(ctx, armed); err != nil {
+		return err
 	}
 	e.facts.Decode += time.Since(start)
 	results, err := armed.Results(ctx)
@@ -80,6 +97,30 @@ func (e *engine) decodeArmed(ctx context.Context, j *judge, step int) error {
 		}
 	}
 	return nil
+}
+
+func (e *engine) runOnHost(ctx context.Context, a *client.Armed) error {
+	for i := range e.how.Layers {
+		a.Layer(i).Ready()
+		if err := a.Layer(i).Wait(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// runOnStream gives the stream all layers at once.
+func (e *engine) runOnStream(ctx context.Context, a *client.Armed) error {
+	defer context.AfterFunc(ctx, a.Cancel)() // which lets the stream go on
+	var given error
+	for i := range e.how.Layers {
+		if given = errors.Join(a.Layer(i).ReadyOn(e.stream), a.Layer(i).WaitOn(e.stream)); given != nil {
+			a.Cancel()
+			break
+		}
+	}
+	err := errors.Join(given, e.stream.Synchronize(), e.words.Pull())
+	return errors.Join(err, a.Finish(ctx, binary.LittleEndian.Uint32(e.words.Bytes())))
 }
 
 // readLists takes a layer's lists from the buffer.

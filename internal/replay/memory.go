@@ -12,6 +12,13 @@ type Memory interface {
 	Lend(ctx context.Context, s *client.Session, size int, access client.Access) (Buffer, error)
 }
 
+// GPUMemory is memory of a GPU, at which armed steps run by a stream of it.
+type GPUMemory interface {
+	Memory
+	// NewStream makes a stream that writes and waits for words of what Lend made.
+	NewStream() (client.Releaser, error)
+}
+
 // Buffer is lent memory, and the host's view of it.
 type Buffer interface {
 	// Lent is what requests name.

@@ -61,7 +61,9 @@ type engine struct {
 	query, output Buffer
 	lists         Buffer // of armed steps
 	how           client.Arming
-	prefill       Buffer // what its observation holds; nil if none is sent
+	words         Buffer          // of armed steps that a stream runs
+	stream        client.Releaser // nil: none does
+	prefill       Buffer          // what its observation holds; nil if none is sent
 	table         []int32
 	facts         Facts
 }

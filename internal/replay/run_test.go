@@ -9,10 +9,12 @@ import (
 	"maps"
 	"slices"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/armed"
 	"github.com/twilight-sidecar/twilight/internal/capture"
 	"github.com/twilight-sidecar/twilight/internal/layout"
 	"github.com/twilight-sidecar/twilight/internal/replay"
@@ -290,7 +292,77 @@ func (b farBuffer) Pull() error {
 	return nil
 }
 
-// Armed steps give what messages give, wherever the memory is.
+// onStreams is such memory, of a GPU whose streams run armed steps.
+type onStreams struct {
+	afar
+	words func([]client.Word) ([]client.Word, error) // what streams do in place of words; nil: them
+}
+
+func (m onStreams) NewStream() (client.Releaser, error) { return &stream{words: m.words}, nil }
+
+// stream does what it was given when it is waited for.
+type stream struct {
+	words func([]client.Word) ([]client.Word, error)
+	work  []func()
+}
+
+func (s *stream) Words(b *client.Buffer, words []client.Word) (err error) {
+	if s.words != nil {
+		if words, err = s.words(words); err != nil {
+			return err
+		}
+	}
+	for _, w := range words {
+		s.work = append(s.work, func() {
+			word := armed.At(b.Bytes()[w.Offset:])
+			if w.Wait {
+				word.Await(w.Value, time.Minute, func() bool { return false })
+			} else {
+				word.Ring(w.Value)
+			}
+		})
+	}
+	return nil
+}
+
+func (s *stream) Synchronize() error {
+	for _, f := range s.work {
+		f()
+	}
+	s.work = s.work[:0]
+	return nil
+}
+
+// A stream that takes no words, and one that waits for a layer that nobody rang when the replay is
+// cancelled, end the replay.
+func TestStreamFails(t *testing.T) {
+	t.Parallel()
+	c := daemon(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	refused := errors.New("refused")
+	refuses := func([]client.Word) ([]client.Word, error) { return nil, refused }
+	stalls := func(words []client.Word) ([]client.Word, error) {
+		switch {
+		case len(words) > 1: // a beginning
+			return words, nil
+		case words[0].Wait:
+			cancel()
+			return words, nil
+		}
+		return nil, nil
+	}
+	o := replay.Options{Capture: small(t), Config: quest, Armed: true}
+	o.Memory = onStreams{words: refuses}
+	if _, err := replay.Run(ctx, c, o); !errors.Is(err, refused) {
+		t.Errorf("words are refused: %v", err)
+	}
+	o.Memory = onStreams{words: stalls}
+	if _, err := replay.Run(ctx, c, o); !errors.Is(err, client.ErrCancelled) {
+		t.Errorf("cancelled while the stream waits: %v", err)
+	}
+}
+
+// Armed steps give what messages give, wherever the memory is, and whoever meets the daemon.
 func TestArmed(t *testing.T) {
 	t.Parallel()
 	c := daemon(t)
@@ -299,7 +371,7 @@ func TestArmed(t *testing.T) {
 		t.Fatal(err)
 	}
 	var first []byte
-	for _, o := range []replay.Options{{}, {Armed: true}, {Memory: afar{}}, {Memory: afar{}, Armed: true}} {
+	for _, o := range []replay.Options{{}, {Armed: true}, {Memory: afar{}}, {Memory: afar{}, Armed: true}, {Memory: onStreams{}, Armed: true}} {
 		o.Capture, o.Config = loaded, quest
 		report, err := json.Marshal(run(t, c, o))
 		if err != nil {
