@@ -31,7 +31,7 @@ type lender struct {
 	kind     gpu.RegionKind
 	headroom int // bytes that lie before it in what is exported
 	all      []*engine.Memory
-	lent     sync.Map // *engine.Memory by *client.Buffer
+	lent     sync.Map // lentMemory by *client.Buffer
 	streams  []*engine.Stream
 }
 
@@ -48,7 +48,7 @@ func (l *lender) Lend(ctx context.Context, s *client.Session, size int, access c
 	}
 	l.all = append(l.all, m)
 	lent, err := lend(ctx, s, m, 0, size, access)
-	l.lent.Store(lent, m)
+	l.lent.Store(lent, lentMemory{m, 0})
 	return &buffer{Memory: m, lent: lent, copied: make([]byte, size)}, err
 }
 
@@ -61,7 +61,7 @@ func (l *lender) Load(s *bench.StepLayout) (bench.Load, error) {
 	if err != nil {
 		return nil, err
 	}
-	data := &load{Memory: m, layout: s, tensors: engine.Tensors{
+	data := &load{Memory: m, lender: l, layout: s, tensors: engine.Tensors{
 		PageSize: s.PageSize, KVHeads: s.KVHeads, Dim: s.Dim, QueryHeads: s.QueryHeads, Tables: s.Tables,
 	}}
 	err = m.FillQueries(&data.tensors, s.Queries, 7)
@@ -78,12 +78,15 @@ func (l *lender) Load(s *bench.StepLayout) (bench.Load, error) {
 // load is the data of a benchmark.
 type load struct {
 	*engine.Memory
+	lender  *lender
 	layout  *bench.StepLayout
 	tensors engine.Tensors
 }
 
 func (l *load) Lend(ctx context.Context, s *client.Session, offset, size int, access client.Access) (*client.Buffer, error) {
-	return lend(ctx, s, l.Memory, offset, size, access)
+	b, err := lend(ctx, s, l.Memory, offset, size, access)
+	l.lender.lent.Store(b, lentMemory{l.Memory, offset})
+	return b, err
 }
 
 func (l *load) Logits(layer, sequence, head int) ([]float32, error) {

@@ -17,7 +17,13 @@ type stream struct {
 	words  []engine.Word // kept for the next
 }
 
-// NewStream implements replay.GPUMemory.
+// lentMemory is where a buffer starts.
+type lentMemory struct {
+	memory *engine.Memory
+	offset int
+}
+
+// NewStream implements replay.GPUMemory and bench.StreamEngine.
 func (l *lender) NewStream() (client.Releaser, error) {
 	s, err := l.GPU.NewStream()
 	if err != nil {
@@ -29,13 +35,14 @@ func (l *lender) NewStream() (client.Releaser, error) {
 
 // Words implements client.Stream.
 func (s *stream) Words(b *client.Buffer, words []client.Word) error {
-	m, ok := s.lender.lent.Load(b)
+	found, ok := s.lender.lent.Load(b)
 	if !ok {
-		return fmt.Errorf("a buffer of %d bytes is not memory of this GPU's lender: lend it by Lend", b.Size())
+		return fmt.Errorf("a buffer of %d bytes is not memory of this GPU's lender: have it lend the words", b.Size())
 	}
+	lent := found.(lentMemory)
 	s.words = s.words[:0]
 	for _, w := range words {
-		s.words = append(s.words, engine.Word{Memory: m.(*engine.Memory), Offset: w.Offset, Value: w.Value, Wait: w.Wait})
+		s.words = append(s.words, engine.Word{Memory: lent.memory, Offset: lent.offset + w.Offset, Value: w.Value, Wait: w.Wait})
 	}
 	return s.Stream.Words(s.words...)
 }

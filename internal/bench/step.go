@@ -53,12 +53,14 @@ type Step struct {
 }
 
 // StepLayout says where a step's data lie: layers of keys and values as layout.NHD has them, then the queries
-// of all layers, [Batch][QueryHeads][Dim], then room for the outputs of each, and for the lists of one.
+// of all layers, [Batch][QueryHeads][Dim], then room for the outputs of each, for the lists of one, and for the
+// words of armed steps.
 type StepLayout struct {
 	Step
 	Cache                   *layout.Layout
 	Tables                  [][]int32 // by sequence
 	Queries, Outputs, Lists int       // offsets
+	Words                   int       // likewise
 	TensorBytes             int       // of the queries, and of a layer's outputs
 	Bytes                   int       // of all
 }
@@ -115,7 +117,8 @@ func (s Step) layout() (*StepLayout, error) {
 	l.Queries = align(int(l.Cache.Size()))
 	l.Outputs = align(l.Queries + l.TensorBytes)
 	l.Lists = align(l.Outputs + s.Layers*l.TensorBytes)
-	l.Bytes = l.Lists + s.listRows()*(1+s.Tokens)*entryBytes
+	l.Words = align(l.Lists + s.listRows()*(1+s.Tokens)*entryBytes)
+	l.Bytes = l.Words + client.WordBytes(s.Layers)
 	return l, nil
 }
 
@@ -291,7 +294,7 @@ func (s *stepper) register(ctx context.Context) (err error) {
 	if s.queries, err = s.load.Lend(ctx, s.session, s.Queries, s.TensorBytes, client.ReadOnly); err != nil {
 		return err
 	}
-	if s.results, err = s.load.Lend(ctx, s.session, s.Outputs, s.Bytes-s.Outputs, client.ReadWrite); err != nil {
+	if s.results, err = s.load.Lend(ctx, s.session, s.Outputs, s.Words-s.Outputs, client.ReadWrite); err != nil {
 		return err
 	}
 	k := s.Cache.K

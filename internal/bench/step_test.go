@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/twilight-sidecar/twilight/client"
+	"github.com/twilight-sidecar/twilight/internal/armed/armedtest"
 	"github.com/twilight-sidecar/twilight/internal/bench"
 	"github.com/twilight-sidecar/twilight/internal/replay/inprocess"
 	"github.com/twilight-sidecar/twilight/kv"
@@ -133,6 +134,54 @@ func TestStepRefuses(t *testing.T) {
 		spoil(&step)
 		if _, err := bench.RunStep(t.Context(), nil, standIn{}, bench.StepOptions{Step: step}); err == nil {
 			t.Errorf("%s: %+v was taken", name, step)
+		}
+	}
+}
+
+// streaming is such an engine whose streams run armed steps.
+type streaming struct {
+	standIn
+	load *standInLoad
+}
+
+func (e *streaming) Load(l *bench.StepLayout) (bench.Load, error) {
+	load, err := e.standIn.Load(l)
+	if err == nil {
+		e.load = load.(*standInLoad)
+	}
+	return load, err
+}
+
+func (e *streaming) NewStream() (client.Releaser, error) {
+	return &armedtest.Stream{At: func(*client.Buffer) []byte { return e.load.data[e.load.Words:] }}, nil
+}
+
+// Each way of meeting the daemon runs its steps.
+func TestArmed(t *testing.T) {
+	t.Parallel()
+	daemon, err := inprocess.Start(t.Context(), inprocess.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = daemon.Stop(context.Background()) }()
+	conn, err := client.Dial(daemon.Target())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	step := bench.Step{QueryHeads: 4, KVHeads: 2, Dim: 32, Batch: 2, Tokens: 512, PageSize: 16, Layers: 3}
+	r, err := bench.RunArmed(t.Context(), conn, &streaming{}, bench.ArmedOptions{
+		Step: step, Config: bench.Named{Name: "dense", Config: `{}`}, Steps: 5, Progress: func(string, ...any) {},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Step != step || r.Steps != 5 || r.Kernels <= 0 || len(r.Ways) != 4 {
+		t.Errorf("reported %+v", r)
+	}
+	for _, way := range r.Ways {
+		if way.P99 < way.P50 || way.P50 <= -r.Kernels {
+			t.Errorf("%+v", way)
 		}
 	}
 }

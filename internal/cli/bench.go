@@ -37,6 +37,7 @@ type benchCmd struct {
 	Batch          int      `default:"16" placeholder:"N" help:"Sequences of a step on a GPU (16)."`
 	PageSize       int      `default:"16" placeholder:"N" help:"Tokens of a page on a GPU (16)."`
 	Layers         int      `placeholder:"N" help:"Layers that take turns on a GPU (as many as no cache holds, 16 at most)."`
+	Armed          bool     `help:"On a GPU: what a layer costs armed and by messages, beyond its kernels, for 32 and 80 layers unless --layers says."`
 	Markdown       bool     `xor:"form" help:"Print the tables as Markdown."`
 	JSON           bool     `name:"json" xor:"form" help:"Print the report as JSON, and nothing else, on stdout."`
 }
@@ -61,7 +62,12 @@ twilight, then runs this), in fp16 and NHD pages:
 "device" is the time between a layer's first and last kernel by the device's events, "service" what the engine
 waits for a layer, tensors in lent memory, a message each, and "declare" what it waits for the step's batch, once
 for all layers; "of read" is the bytes that a layer has to read over its time, as a share of the measured read
-rate. The true mass is that of 16 query heads of a layer.`
+rate. The true mass is that of 16 query heads of a layer.
+
+With --armed the table tells what a layer costs the engine beyond the device's own time, by messages
+and armed, under the last config:
+
+    twilight bench --device cuda --armed --target unix:///tmp/tw.sock --batch 2 --tokens 4096`
 }
 
 // benchConfig is a Twilight config and its name in the table.
@@ -92,6 +98,9 @@ func (c *benchCmd) Run(ctx context.Context, term *terminal, source *gpuSource) (
 	}
 	if onGPU {
 		return c.runOnGPU(ctx, term, source)
+	}
+	if c.Armed {
+		return fmt.Errorf("--armed times the streams of a GPU: give --device cuda")
 	}
 	shape, err := c.shape()
 	if err != nil {

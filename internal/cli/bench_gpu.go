@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/twilight-sidecar/twilight/client"
 	"github.com/twilight-sidecar/twilight/internal/bench"
 	"github.com/twilight-sidecar/twilight/kv"
 )
@@ -32,12 +33,11 @@ func (c *benchCmd) runOnGPU(ctx context.Context, term *terminal, source *gpuSour
 		return err
 	}
 	defer func() { err = errors.Join(err, gpu.Close()) }()
+	if c.Armed {
+		return c.runArmed(ctx, term, conn, gpu, configs[len(configs)-1])
+	}
 	o := bench.StepOptions{
-		Step: bench.Step{
-			QueryHeads: c.KVHeads * c.Group, KVHeads: c.KVHeads, Dim: c.Dim, Batch: c.Batch, Tokens: c.Tokens,
-			PageSize: c.PageSize, Layers: c.Layers,
-		},
-		Rounds: c.Rounds,
+		Step: c.step(c.Layers), Rounds: c.Rounds,
 	}
 	for _, config := range configs {
 		o.Configs = append(o.Configs, bench.Named{Name: config.name, Config: config.config})
@@ -54,6 +54,58 @@ func (c *benchCmd) runOnGPU(ctx context.Context, term *terminal, source *gpuSour
 	}
 	printStep(term.out, report, c.Markdown)
 	return nil
+}
+
+// step is one of so many layers.
+func (c *benchCmd) step(layers int) bench.Step {
+	return bench.Step{
+		QueryHeads: c.KVHeads * c.Group, KVHeads: c.KVHeads, Dim: c.Dim, Batch: c.Batch, Tokens: c.Tokens,
+		PageSize: c.PageSize, Layers: layers,
+	}
+}
+
+// armedSteps is how many are timed for each of --rounds.
+const armedSteps = 50
+
+// runArmed times how engine and daemon meet.
+func (c *benchCmd) runArmed(ctx context.Context, term *terminal, conn *client.Client, engine bench.StreamEngine, config benchConfig) error {
+	layers := []int{32, 80}
+	if c.Layers != 0 {
+		layers = []int{c.Layers}
+	}
+	bar := newProgress(term.err)
+	var reports []*bench.ArmedReport
+	for _, n := range layers {
+		r, err := bench.RunArmed(ctx, conn, engine, bench.ArmedOptions{
+			Step: c.step(n), Config: bench.Named{Name: config.name, Config: config.config}, Steps: c.Rounds * armedSteps, Progress: bar.show,
+		})
+		bar.clear()
+		if err != nil {
+			return fmt.Errorf("%d layers: %w", n, err)
+		}
+		reports = append(reports, r)
+	}
+	if c.JSON {
+		return printJSON(term.out, reports)
+	}
+	printArmed(term.out, reports, c.Markdown)
+	return nil
+}
+
+func printArmed(w io.Writer, reports []*bench.ArmedReport, markdown bool) {
+	r := reports[0]
+	fmt.Fprintf(w, "%s, %s: %d sequences of %d tokens, %d steps each; us a layer\n\n", r.Device, r.Config, r.Batch, r.Tokens, r.Steps)
+	t := &table{text: 1, header: []string{"way", "layers", "kernels", "added p50", "p99"}}
+	for _, r := range reports {
+		for _, way := range r.Ways {
+			t.add(way.Name, fmt.Sprint(r.Layers), fmt.Sprintf("%.1f", r.Kernels), fmt.Sprintf("%.1f", way.P50), fmt.Sprintf("%.1f", way.P99))
+		}
+	}
+	if markdown {
+		t.markdown(w)
+	} else {
+		t.print(w)
+	}
 }
 
 func printStep(w io.Writer, r *bench.StepReport, markdown bool) {

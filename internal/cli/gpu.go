@@ -18,7 +18,7 @@ import (
 
 // GPU is one that this process owns memory of, as an engine does.
 type GPU interface {
-	replay.Memory
+	replay.GPUMemory
 	bench.Engine
 	// Close frees the memory.
 	Close() error

@@ -9,12 +9,11 @@ import (
 	"maps"
 	"slices"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
 	"github.com/twilight-sidecar/twilight/client"
-	"github.com/twilight-sidecar/twilight/internal/armed"
+	"github.com/twilight-sidecar/twilight/internal/armed/armedtest"
 	"github.com/twilight-sidecar/twilight/internal/capture"
 	"github.com/twilight-sidecar/twilight/internal/layout"
 	"github.com/twilight-sidecar/twilight/internal/replay"
@@ -298,39 +297,8 @@ type onStreams struct {
 	words func([]client.Word) ([]client.Word, error) // what streams do in place of words; nil: them
 }
 
-func (m onStreams) NewStream() (client.Releaser, error) { return &stream{words: m.words}, nil }
-
-// stream does what it was given when it is waited for.
-type stream struct {
-	words func([]client.Word) ([]client.Word, error)
-	work  []func()
-}
-
-func (s *stream) Words(b *client.Buffer, words []client.Word) (err error) {
-	if s.words != nil {
-		if words, err = s.words(words); err != nil {
-			return err
-		}
-	}
-	for _, w := range words {
-		s.work = append(s.work, func() {
-			word := armed.At(b.Bytes()[w.Offset:])
-			if w.Wait {
-				word.Await(w.Value, time.Minute, func() bool { return false })
-			} else {
-				word.Ring(w.Value)
-			}
-		})
-	}
-	return nil
-}
-
-func (s *stream) Synchronize() error {
-	for _, f := range s.work {
-		f()
-	}
-	s.work = s.work[:0]
-	return nil
+func (m onStreams) NewStream() (client.Releaser, error) {
+	return &armedtest.Stream{Change: m.words}, nil
 }
 
 // A stream that takes no words, and one that waits for a layer that nobody rang when the replay is

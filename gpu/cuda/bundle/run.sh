@@ -4,7 +4,7 @@
 #
 #   run.sh [--capture FILE] [--shapes LIST] [--results FOLDER] [CHECK...]
 #
-# Checks are device, kernels, engine, replay, torch and bench; all by default. Each leaves its log in the folder
+# Checks are device, kernels, engine, replay, armed, torch and bench; all by default. Each leaves its log in the folder
 # of results (./results). The exit status is 1 if one failed.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
 	*) checks+=("$1") && shift ;;
 	esac
 done
-[ ${#checks[@]} -gt 0 ] || checks=(device kernels engine replay torch bench)
+[ ${#checks[@]} -gt 0 ] || checks=(device kernels engine replay armed torch bench)
 mkdir -p "$results"
 summary=() failed=0
 
@@ -71,6 +71,10 @@ replay() {
 	"$here/twilight" replay --device cuda --target "$target" --capture "$capture" --config "$here/configs/config_quest_twi_p95.json"
 }
 
+armed() {
+	"$here/twilight" bench --device cuda --armed --target "$target" --batch 2 --tokens 4096
+}
+
 bench() {
 	local rest heads kv_heads
 	"$here/cuda.test" -test.run TestTable -table "$shapes" || return
@@ -82,7 +86,7 @@ bench() {
 			--batch "$batch" --tokens "$tokens" --page-size "${page:-16}" || return
 	done
 }
-export -f with_daemon replay bench
+export -f with_daemon replay armed bench
 export here capture results shapes
 
 for name in "${checks[@]}"; do
@@ -91,6 +95,10 @@ for name in "${checks[@]}"; do
 	kernels) check kernels 900 "$here/cuda.test" -test.v ;;
 	engine) check engine 600 "$here/engine.test" -test.v -capture "$capture" ;;
 	replay) check replay 300 bash -c 'with_daemon replay' ;;
+	armed)
+		check armed 300 bash -c 'with_daemon armed'
+		cat "$results/armed.log"
+		;;
 	torch)
 		if python3 -c 'import torch, grpc' 2>/dev/null; then
 			PYTHONPATH=$here/python check torch 300 python3 "$here/torch_memory.py" --bin "$here"
