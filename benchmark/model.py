@@ -122,9 +122,10 @@ class Model:
         return logits[0].float().cpu()
 
     @contextmanager
-    def dense(self, prefix: Prefix) -> Iterator[Decoder]:
-        """Decodes by the model's own attention."""
-        yield _Cached(self, prefix, Tally())
+    def dense(self, prefix: Prefix, attention: str | None = None) -> Iterator[Decoder]:
+        """Decodes by the model's own attention, or by another that transformers knows."""
+        with self._attending(attention or self.model.config._attn_implementation):
+            yield _Cached(self, prefix, Tally())
 
     @contextmanager
     def emulated(self, prefix: Prefix, config: Mapping[str, Any]) -> Iterator[Decoder]:
@@ -138,11 +139,16 @@ class Model:
             output = emulation.attend(module.layer_idx, plain[0], plain[1], plain[2], scaling)
             return output.transpose(0, 1)[None].to(query), None
 
-        own = self.model.config._attn_implementation
         AttentionInterface.register("twilight_emulation", attend)
-        self.model.set_attn_implementation("twilight_emulation")
-        try:
+        with self._attending("twilight_emulation"):
             yield _Cached(self, prefix, emulation.tally)
+
+    @contextmanager
+    def _attending(self, attention: str) -> Iterator[None]:
+        own = self.model.config._attn_implementation
+        self.model.set_attn_implementation(attention)
+        try:
+            yield
         finally:
             self.model.set_attn_implementation(own)
 

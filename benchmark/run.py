@@ -30,11 +30,13 @@ class Method:
     config: Mapping[str, Any] | None
     """None for the model's own attention."""
     emulate: bool = False
+    attention: str | None = None
+    """Of transformers, in place of the model's own."""
 
     def decoder(self, model: Model, prefix: Prefix, client: tw.Client | None) -> AbstractContextManager[Decoder]:
         """Begins a sequence behind a prefix."""
         if self.config is None:
-            return model.dense(prefix)
+            return model.dense(prefix, self.attention)
         if self.emulate:
             return model.emulated(prefix, self.config)
         if client is None:
@@ -105,7 +107,8 @@ def connect(args: argparse.Namespace) -> Iterator[tw.Client]:
     with ExitStack() as stack:
         target = args.target
         if target is None:
-            target = stack.enter_context(tw.Daemon("--log-level=warn", program=args.twilightd)).target
+            flags = ("--backend=cuda", "--spares=0") if args.device.startswith("cuda") else ()
+            target = stack.enter_context(tw.Daemon("--log-level=warn", *flags, program=args.twilightd)).target
         yield stack.enter_context(tw.dial(target))
 
 

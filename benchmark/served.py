@@ -16,18 +16,23 @@ from .model import ROOM, Decoder, Model, Prefix
 from .tally import Tally
 
 
+def looks_at_prefill(config: Mapping[str, Any]) -> bool:
+    """Tells whether a config's methods want to see the prefill."""
+    stages = {stage: config.get(stage, {}).get("type", "none").lower() for stage in ("compressor", "selector")}
+    return stages["compressor"] != "none" or stages["selector"] == "h2o"
+
+
 @contextmanager
 def served(model: Model, prefix: Prefix, config: Mapping[str, Any], client: tw.Client) -> Iterator[Decoder]:
-    """Opens a lease, puts a prefix into the memory lent by it, and decodes there.
+    """Opens a lease, puts a prefix into the memory lent by it, and decodes there, by armed steps where the daemon's
+    device offers them.
 
     Methods that look at the prefill see it: for them it is run again.
     """
-    stages = {stage: config.get(stage, {}).get("type", "none").lower() for stage in ("compressor", "selector")}
-    looks = stages["compressor"] != "none" or stages["selector"] == "h2o"
     name = f"benchmark {model.name}"
     with hf.enable(model.model, client, dict(config), fallback="raise", engine_name=name) as twilight:
         cache = twilight.new_cache(len(prefix.tokens) + ROOM)
-        if looks:
+        if looks_at_prefill(config):
             model.forward(prefix.tokens, cache)
         else:
             for layer, (keys, values) in enumerate(prefix.layers):

@@ -18,12 +18,9 @@ installed.
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,6 +30,7 @@ import time
 import torch
 import triton
 import triton.language as tl
+from mps import mps, there
 
 DIM = 128
 HALF = 2
@@ -264,21 +262,6 @@ def chained(folder, shapes, rounds):
         return {s.text: json.loads(line) for s, line in zip(shapes, lines.read_text().splitlines(), strict=True)}
 
 
-@contextlib.contextmanager
-def mps():
-    """The environment of an MPS server of its own, or the plain one where it is not installed."""
-    if not shutil.which("nvidia-cuda-mps-control"):
-        yield dict(os.environ)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=env, check=True)
-        try:
-            yield env
-        finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", env=env, check=True, stdout=sys.stderr)
-
-
 def served(folder, shapes, rounds):
     """Twilight through a daemon, by shape."""
     with tempfile.TemporaryDirectory() as out, mps() as env:
@@ -342,7 +325,7 @@ def main():
     shapes = [Shape(text) for text in args.shapes.split(",")]
     report = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "mps": bool(shutil.which("nvidia-cuda-mps-control")), "rounds": args.rounds,
+        "mps": there(), "rounds": args.rounds,
     }
     start = time.time()
 

@@ -71,7 +71,7 @@ gpu-bundle: cuda-toolchain ## Put all that a GPU machine needs to check and benc
 	$(CUDA_ENV) $(GO) build -tags cuda $(BUNDLE_FLAGS) -o $(BUNDLE)/ $(CUDA_COMMANDS)
 	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/cuda.test ./gpu/cuda
 	$(CUDA_ENV) $(GO) test -tags cuda -c $(BUNDLE_FLAGS) -o $(BUNDLE)/engine.test ./cmd/twilight-engine
-	cp gpu/cuda/bundle/* benchmark/efficiency/peers.py testdata/smollm2-demo.safetensors $(BUNDLE)/
+	cp gpu/cuda/bundle/* benchmark/efficiency/peers.py benchmark/efficiency/mps.py testdata/smollm2-demo.safetensors $(BUNDLE)/
 	mkdir $(BUNDLE)/python && cp -r client/python/src/twilight_client $(BUNDLE)/python/
 	cp benchmark/configs/config_{full,quest_twi_p95}.json $(BUNDLE)/configs/
 	@du -h -a --max-depth=1 $(BUNDLE) | sort -h

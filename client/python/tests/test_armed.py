@@ -83,3 +83,24 @@ def test_waits_end_by_themselves(client: tw.Client) -> None:
         with pytest.raises(tw.Cancelled):
             again.wait(0)
         engine.run(engine.arm(), engine.length)
+
+
+def test_a_step_that_fails_as_it_begins_is_released(client: tw.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    with client.open(GEOMETRY, DENSE) as session:
+        engine = Armed(session)
+        step = engine.arm()
+        words, released = step._words, list[int]()
+        begin = words.begin
+
+        def failing(step_id: int) -> None:
+            begin(step_id)
+            step.cancel()
+
+        monkeypatch.setattr(words, "begin", failing)
+        monkeypatch.setattr(words, "release", released.append)
+        step.begin()
+        assert released
+        with pytest.raises(tw.Cancelled):
+            step.finish()
+        engine.length -= 1
+        engine.run(engine.arm(), engine.length)

@@ -221,7 +221,11 @@ class ArmedStep:
         self._check()
 
     def cancel(self) -> None:
-        """Give the step up, and with it what is armed behind it. It does not wait."""
+        """Give the step up, and with it what is armed behind it. It does not wait.
+
+        With Arming.stream, the thread that runs a step which has begun then calls :meth:`finish`, which raises: only it
+        knows that nothing more is given to the stream.
+        """
         if not self.over:
             self.fail(Cancelled("the step was cancelled"), tell=True)
 
@@ -291,7 +295,10 @@ class ArmedStep:
         self._words.taken.store(0)
         self._words.begin(self.key[1] & 0xFFFFFFFF)
         self._begun = True
-        return True
+        failure = self.failure
+        if failure is not None:  # meanwhile, by who may not have seen that it began
+            self._armer.release(self._words, code_of(failure))
+        return failure is None
 
 
 class Armer:

@@ -289,7 +289,8 @@ class Session:
         """Lend the storage that a torch tensor on a GPU lies in; the buffer keeps the tensor alive.
 
         Memory of cudaMalloc goes by CUDA IPC, that of expandable segments by descriptors of its chunks. Other
-        processes cannot map what cudaMallocAsync made: that is refused.
+        processes cannot map what cudaMallocAsync made: that is refused. Allocations should be multiples of 2 MiB, as
+        those of torch's caching allocator are: others are mapped in small pages, far slower to read at random.
         """
         from .cuda import CudaBuffer
 

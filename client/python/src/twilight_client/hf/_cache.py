@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,8 @@ class SidecarCache(Cache):
             if self._length != layer.length and not self.twilight.alone:
                 self._begin(layer.length, mask)
             if self._step is not None:
-                output = self._run(self._step, layer.slot, query)
+                with self._on_device():
+                    output = self._run(self._step, layer.slot, query)
                 self.twilight.present()
         except AWAY as e:
             self._step = None
@@ -89,7 +91,8 @@ class SidecarCache(Cache):
         step = self._step
         if isinstance(step, ArmedStep) and step.over:
             try:
-                step.finish()
+                with self._on_device():
+                    step.finish()
             except AWAY as e:
                 self._step = None
                 self.twilight.away(e)
@@ -173,6 +176,12 @@ class SidecarCache(Cache):
             self._results.append(step.layer(layer, slab.queries, output=slab.outputs, timeout=_TIMEOUT))
         return slab.outputs.clone().unsqueeze(1)
 
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Make the model's GPU torch's current one: armed steps ring and wait in its stream."""
+        slab = self._slab
+        assert slab is not None  # noqa: S101 - a step began
+        return torch.cuda.device(slab.device) if slab.device.type == "cuda" else contextlib.nullcontext()
+
     def _rows(self, length: int) -> Batch:
         slab = self._slab
         assert slab is not None  # noqa: S101 - a layer was updated
@@ -206,6 +215,8 @@ class SidecarCache(Cache):
         if isinstance(step, ArmedStep):
             if not step.over:
                 step.cancel()
+                with contextlib.suppress(Error), self._on_device():
+                    step.finish()
                 return
             try:
                 results = step.results(_TIMEOUT)

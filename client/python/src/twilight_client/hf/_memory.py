@@ -44,7 +44,7 @@ class Slab:
         g = session.geometry
         self._session = session
         self._layers = layers
-        self._device = device
+        self.device = device
         self.pages = pages
         dtype = torch_dtype(g.query)
         tokens = pages * PAGE
@@ -82,8 +82,8 @@ class Slab:
         if self._io is None or self._io[0].buffer.size < size:
             self._close_io()
             self._io = (
-                Lent.make(self._session, size, Access.READ_ONLY, self._device),
-                Lent.make(self._session, size, Access.READ_WRITE, self._device),
+                Lent.make(self._session, size, Access.READ_ONLY, self.device),
+                Lent.make(self._session, size, Access.READ_WRITE, self.device),
             )
         self.queries, self.outputs = (
             lent.bytes[:size].view(dtype).view(batch, g.query_heads, g.k_dim) for lent in self._io
@@ -93,7 +93,7 @@ class Slab:
             [ArmedLayer(layer, query, output) for layer in self._layers],
             wait_timeout=30.0,
             results=True,
-            stream=self._device.type == "cuda",
+            stream=self.device.type == "cuda",
         )
 
     def close(self) -> None:
