@@ -157,13 +157,26 @@ func dot1(t Type, a *args) {
 }
 
 func add4(t Type, a *args) {
+	isWide := wide && a.lots%2 == 0
 	switch t {
 	case F32:
-		add4F32(a)
+		if isWide {
+			add4F32Wide(a)
+		} else {
+			add4F32(a)
+		}
 	case F16:
-		add4F16(a)
+		if isWide {
+			add4F16Wide(a)
+		} else {
+			add4F16(a)
+		}
 	case BF16:
-		add4BF16(a)
+		if isWide {
+			add4BF16Wide(a)
+		} else {
+			add4BF16(a)
+		}
 	case F8:
 		add4F8(a)
 	}
@@ -250,6 +263,15 @@ func add4BF16(a *args)
 
 //go:noescape
 func add4F8(a *args)
+
+//go:noescape
+func add4F32Wide(a *args)
+
+//go:noescape
+func add4F16Wide(a *args)
+
+//go:noescape
+func add4BF16Wide(a *args)
 
 //go:noescape
 func add1F32(a *args)

@@ -558,6 +558,72 @@ lots: \
 	VZEROUPPER \
 	RET
 
+// ADD4WIDE is ADD4 with twice the lot, and keeps the weights in Z16 to Z31.
+#define ADD4WIDE(LOAD, BYTES, SCALE) \
+	MOVQ a+0(FP), AX \
+	MOVQ args_out+0(AX), BX \
+	MOVQ args_out+8(AX), DI \
+	MOVQ args_out+16(AX), R13 \
+	MOVQ args_out+24(AX), R15 \
+	MOVQ args_vectors(AX), R12 \
+	MOVQ args_bytes(AX), CX \
+	MOVQ CX, bytes-8(SP) \
+vectors: \
+	MOVQ args_heads+0(AX), R8 \
+	MOVQ args_heads+8(AX), R9 \
+	MOVQ args_heads+16(AX), R10 \
+	MOVQ args_heads+24(AX), R11 \
+	WEIGHTS(R8, Z16, Z17, Z18, Z19) \
+	WEIGHTS(R9, Z20, Z21, Z22, Z23) \
+	WEIGHTS(R10, Z24, Z25, Z26, Z27) \
+	WEIGHTS(R11, Z28, Z29, Z30, Z31) \
+	ADDQ $16, args_heads+0(AX) \
+	ADDQ $16, args_heads+8(AX) \
+	ADDQ $16, args_heads+16(AX) \
+	ADDQ $16, args_heads+24(AX) \
+	NEXT4 \
+	XORQ AX, AX \
+lots: \
+	FETCH4 \
+	LOAD((SI)(AX*1), Z8) \
+	LOAD((CX)(AX*1), Z9) \
+	LOAD((DX)(AX*1), Z10) \
+	LOAD((R14)(AX*1), Z11) \
+	VMOVUPS (BX)(AX*SCALE), Z0 \
+	VMOVUPS (DI)(AX*SCALE), Z1 \
+	VMOVUPS (R13)(AX*SCALE), Z2 \
+	VMOVUPS (R15)(AX*SCALE), Z3 \
+	WEIGHWIDE(Z8, Z16, Z20, Z24, Z28) \
+	WEIGHWIDE(Z9, Z17, Z21, Z25, Z29) \
+	WEIGHWIDE(Z10, Z18, Z22, Z26, Z30) \
+	WEIGHWIDE(Z11, Z19, Z23, Z27, Z31) \
+	VMOVUPS Z0, (BX)(AX*SCALE) \
+	VMOVUPS Z1, (DI)(AX*SCALE) \
+	VMOVUPS Z2, (R13)(AX*SCALE) \
+	VMOVUPS Z3, (R15)(AX*SCALE) \
+	ADDQ $BYTES, AX \
+	CMPQ AX, bytes-8(SP) \
+	JLT  lots \
+	MOVQ a+0(FP), AX \
+	SUBQ $4, args_n(AX) \
+	JGT  vectors \
+	VZEROUPPER \
+	RET
+
+// WEIGHTS loads a head's weights for 4 vectors.
+#define WEIGHTS(AT, W0, W1, W2, W3) \
+	VBROADCASTSS 0(AT), W0 \
+	VBROADCASTSS 4(AT), W1 \
+	VBROADCASTSS 8(AT), W2 \
+	VBROADCASTSS 12(AT), W3
+
+// WEIGHWIDE adds a vector to Z0 to Z3, times a weight each.
+#define WEIGHWIDE(VECTOR, W0, W1, W2, W3) \
+	VFMADD231PS W0, VECTOR, Z0 \
+	VFMADD231PS W1, VECTOR, Z1 \
+	VFMADD231PS W2, VECTOR, Z2 \
+	VFMADD231PS W3, VECTOR, Z3
+
 // ADD1 is ADD4 for one out.
 #define ADD1(SETUP, LOAD, BYTES, SCALE) \
 	MOVQ a+0(FP), AX \
@@ -708,6 +774,18 @@ TEXT ·add4BF16(SB), NOSPLIT, $72-8
 // func add4F8(a *args)
 TEXT ·add4F8(SB), NOSPLIT, $72-8
 	ADD4(SETUP_F8, LOAD_F8, 8, 4)
+
+// func add4F32Wide(a *args)
+TEXT ·add4F32Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_F32WIDE, 64, 1)
+
+// func add4F16Wide(a *args)
+TEXT ·add4F16Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_F16WIDE, 32, 2)
+
+// func add4BF16Wide(a *args)
+TEXT ·add4BF16Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_BF16WIDE, 32, 2)
 
 // func add1F32(a *args)
 TEXT ·add1F32(SB), NOSPLIT, $0-8
