@@ -5,7 +5,7 @@ import "golang.org/x/sys/cpu"
 var accelerated = cpu.X86.HasAVX2 && cpu.X86.HasFMA && cpu.X86.HasF16C
 
 // wide tells whether there are kernels for two lots at once, which take twice as many.
-var wide = accelerated && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
+var wide = accelerated && cpu.X86.HasBMI2 && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
 
 // places holds, for each mask of 8 bits, the places of those set.
 var places = func() (t [1 << lot][lot]uint8) { //nolint:unused // by the assembly
