@@ -5,7 +5,7 @@ import "golang.org/x/sys/cpu"
 var accelerated = cpu.X86.HasAVX2 && cpu.X86.HasFMA && cpu.X86.HasF16C
 
 // wide tells whether there are kernels for two lots at once, which take twice as many.
-var wide = accelerated && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
+var wide = accelerated && cpu.X86.HasBMI2 && cpu.X86.HasAVX512F && cpu.X86.HasAVX512VBMI
 
 // places holds, for each mask of 8 bits, the places of those set.
 var places = func() (t [1 << lot][lot]uint8) { //nolint:unused // by the assembly
@@ -157,13 +157,26 @@ func dot1(t Type, a *args) {
 }
 
 func add4(t Type, a *args) {
+	isWide := wide && a.lots%2 == 0
 	switch t {
 	case F32:
-		add4F32(a)
+		if isWide {
+			add4F32Wide(a)
+		} else {
+			add4F32(a)
+		}
 	case F16:
-		add4F16(a)
+		if isWide {
+			add4F16Wide(a)
+		} else {
+			add4F16(a)
+		}
 	case BF16:
-		add4BF16(a)
+		if isWide {
+			add4BF16Wide(a)
+		} else {
+			add4BF16(a)
+		}
 	case F8:
 		add4F8(a)
 	}
@@ -250,6 +263,15 @@ func add4BF16(a *args)
 
 //go:noescape
 func add4F8(a *args)
+
+//go:noescape
+func add4F32Wide(a *args)
+
+//go:noescape
+func add4F16Wide(a *args)
+
+//go:noescape
+func add4BF16Wide(a *args)
 
 //go:noescape
 func add1F32(a *args)

@@ -131,6 +131,35 @@ DATA u4wide<>+112(SB)/8, $0x4150000041400000
 DATA u4wide<>+120(SB)/8, $0x4170000041600000
 GLOBL u4wide<>(SB), RODATA|NOPTR, $128
 
+// Each element of 4, 4 times; the even ones of 8, and the odd ones.
+DATA quarters<>+0(SB)/8, $0x0000000000000000
+DATA quarters<>+8(SB)/8, $0x0000000000000000
+DATA quarters<>+16(SB)/8, $0x0000000100000001
+DATA quarters<>+24(SB)/8, $0x0000000100000001
+DATA quarters<>+32(SB)/8, $0x0000000200000002
+DATA quarters<>+40(SB)/8, $0x0000000200000002
+DATA quarters<>+48(SB)/8, $0x0000000300000003
+DATA quarters<>+56(SB)/8, $0x0000000300000003
+GLOBL quarters<>(SB), RODATA|NOPTR, $64
+
+DATA pairs<>+0(SB)/8, $0x0000000200000000
+DATA pairs<>+8(SB)/8, $0x0000000600000004
+DATA pairs<>+16(SB)/8, $0x0000000200000000
+DATA pairs<>+24(SB)/8, $0x0000000600000004
+DATA pairs<>+32(SB)/8, $0x0000000200000000
+DATA pairs<>+40(SB)/8, $0x0000000600000004
+DATA pairs<>+48(SB)/8, $0x0000000200000000
+DATA pairs<>+56(SB)/8, $0x0000000600000004
+DATA pairs<>+64(SB)/8, $0x0000000300000001
+DATA pairs<>+72(SB)/8, $0x0000000700000005
+DATA pairs<>+80(SB)/8, $0x0000000300000001
+DATA pairs<>+88(SB)/8, $0x0000000700000005
+DATA pairs<>+96(SB)/8, $0x0000000300000001
+DATA pairs<>+104(SB)/8, $0x0000000700000005
+DATA pairs<>+112(SB)/8, $0x0000000300000001
+DATA pairs<>+120(SB)/8, $0x0000000700000005
+GLOBL pairs<>(SB), RODATA|NOPTR, $128
+
 // While a vector is worked on, another one NEAR behind it in the list is asked of memory, and the first line
 // of one FAR behind: its page may be new to the processor, which has to look up where it is, and then goes
 // ahead by itself. Both go to the second cache, as vectors of one head may compete for few places in the
@@ -558,6 +587,72 @@ lots: \
 	VZEROUPPER \
 	RET
 
+// ADD4WIDE is ADD4 with twice the lot, and keeps the weights in Z16 to Z31.
+#define ADD4WIDE(LOAD, BYTES, SCALE) \
+	MOVQ a+0(FP), AX \
+	MOVQ args_out+0(AX), BX \
+	MOVQ args_out+8(AX), DI \
+	MOVQ args_out+16(AX), R13 \
+	MOVQ args_out+24(AX), R15 \
+	MOVQ args_vectors(AX), R12 \
+	MOVQ args_bytes(AX), CX \
+	MOVQ CX, bytes-8(SP) \
+vectors: \
+	MOVQ args_heads+0(AX), R8 \
+	MOVQ args_heads+8(AX), R9 \
+	MOVQ args_heads+16(AX), R10 \
+	MOVQ args_heads+24(AX), R11 \
+	WEIGHTS(R8, Z16, Z17, Z18, Z19) \
+	WEIGHTS(R9, Z20, Z21, Z22, Z23) \
+	WEIGHTS(R10, Z24, Z25, Z26, Z27) \
+	WEIGHTS(R11, Z28, Z29, Z30, Z31) \
+	ADDQ $16, args_heads+0(AX) \
+	ADDQ $16, args_heads+8(AX) \
+	ADDQ $16, args_heads+16(AX) \
+	ADDQ $16, args_heads+24(AX) \
+	NEXT4 \
+	XORQ AX, AX \
+lots: \
+	FETCH4 \
+	LOAD((SI)(AX*1), Z8) \
+	LOAD((CX)(AX*1), Z9) \
+	LOAD((DX)(AX*1), Z10) \
+	LOAD((R14)(AX*1), Z11) \
+	VMOVUPS (BX)(AX*SCALE), Z0 \
+	VMOVUPS (DI)(AX*SCALE), Z1 \
+	VMOVUPS (R13)(AX*SCALE), Z2 \
+	VMOVUPS (R15)(AX*SCALE), Z3 \
+	WEIGHWIDE(Z8, Z16, Z20, Z24, Z28) \
+	WEIGHWIDE(Z9, Z17, Z21, Z25, Z29) \
+	WEIGHWIDE(Z10, Z18, Z22, Z26, Z30) \
+	WEIGHWIDE(Z11, Z19, Z23, Z27, Z31) \
+	VMOVUPS Z0, (BX)(AX*SCALE) \
+	VMOVUPS Z1, (DI)(AX*SCALE) \
+	VMOVUPS Z2, (R13)(AX*SCALE) \
+	VMOVUPS Z3, (R15)(AX*SCALE) \
+	ADDQ $BYTES, AX \
+	CMPQ AX, bytes-8(SP) \
+	JLT  lots \
+	MOVQ a+0(FP), AX \
+	SUBQ $4, args_n(AX) \
+	JGT  vectors \
+	VZEROUPPER \
+	RET
+
+// WEIGHTS loads a head's weights for 4 vectors.
+#define WEIGHTS(AT, W0, W1, W2, W3) \
+	VBROADCASTSS 0(AT), W0 \
+	VBROADCASTSS 4(AT), W1 \
+	VBROADCASTSS 8(AT), W2 \
+	VBROADCASTSS 12(AT), W3
+
+// WEIGHWIDE adds a vector to Z0 to Z3, times a weight each.
+#define WEIGHWIDE(VECTOR, W0, W1, W2, W3) \
+	VFMADD231PS W0, VECTOR, Z0 \
+	VFMADD231PS W1, VECTOR, Z1 \
+	VFMADD231PS W2, VECTOR, Z2 \
+	VFMADD231PS W3, VECTOR, Z3
+
 // ADD1 is ADD4 for one out.
 #define ADD1(SETUP, LOAD, BYTES, SCALE) \
 	MOVQ a+0(FP), AX \
@@ -604,6 +699,18 @@ lots: \
 	JNZ  lots \
 	VZEROUPPER \
 	RET
+
+// QUARTERS adds up 4 vectors as far as their quarters: each of A's holds a sum of each.
+#define QUARTERS(A, B, C, D) \
+	VUNPCKLPS B, A, Z0 \
+	VUNPCKHPS B, A, Z1 \
+	VUNPCKLPS D, C, Z2 \
+	VUNPCKHPS D, C, Z3 \
+	VADDPS    Z1, Z0, Z0 \
+	VADDPS    Z3, Z2, Z2 \
+	VUNPCKLPD Z2, Z0, Z1 \
+	VUNPCKHPD Z2, Z0, Z3 \
+	VADDPS    Z3, Z1, A
 
 // func dot4F32(a *args)
 TEXT ·dot4F32(SB), NOSPLIT, $0-8
@@ -690,8 +797,134 @@ TEXT ·codes1U4Wide(SB), NOSPLIT, $0-8
 	CODES1(SETUP_U4WIDE, WIDE1, LOAD_U4WIDE, 8)
 
 // func codes4U4Wide(a *codeArgs)
+//
+// It is CODES4, 4 vectors at a time: Z16 to Z19 are sums for the first query and these, and so on. In place of
+// vectors behind the last one it takes an earlier one, and writes nothing.
 TEXT ·codes4U4Wide(SB), NOSPLIT, $0-8
-	CODES4(SETUP_U4WIDE, WIDE4, LOAD_U4WIDE, 8)
+	MOVQ a+0(FP), AX
+	MOVQ codeArgs_heads+0(AX), R8
+	MOVQ codeArgs_heads+8(AX), R9
+	MOVQ codeArgs_heads+16(AX), R10
+	MOVQ codeArgs_heads+24(AX), R11
+	MOVQ codeArgs_codes(AX), SI
+	MOVQ codeArgs_params(AX), R12
+	MOVQ codeArgs_next(AX), R14
+	XORQ DX, DX
+	SETUP_U4WIDE
+	VMOVDQU32       quarters<>(SB), Z0
+	VBROADCASTF32X4 codeArgs_sums(AX), Z12
+	VBROADCASTF32X4 codeArgs_constants(AX), Z13
+	VPERMPS         Z12, Z0, Z12
+	VPERMPS         Z13, Z0, Z13
+vectors:
+	MOVQ    codeArgs_bytes(AX), CX
+	LEAQ    (SI)(CX*1), DI
+	LEAQ    (SI)(CX*2), R13
+	LEAQ    (DI)(CX*2), R15
+	MOVQ    codeArgs_n(AX), BX
+	SUBQ    DX, BX
+	MOVL    $4, AX
+	CMPQ    BX, AX
+	CMOVQGT AX, BX
+	CMPQ    BX, AX
+	CMOVQLT SI, R15
+	CMPQ    BX, $2
+	CMOVQLE SI, R13
+	CMOVQLT SI, DI
+	MOVL    $0xf, AX
+	BZHIL   BX, AX, AX
+	KMOVW   AX, K1
+	ADDL    BX, BX
+	MOVL    $0xff, AX
+	BZHIL   BX, AX, AX
+	KMOVW   AX, K2
+	LEAQ    (R14)(CX*2), BX
+	PREFETCHT1 (R14)
+	PREFETCHT1 (R14)(CX*1)
+	PREFETCHT1 (BX)
+	PREFETCHT1 (BX)(CX*1)
+	LEAQ    (BX)(CX*2), R14
+	PREFETCHT1 -1(R14)
+	XORQ    AX, AX
+	VPXORD  Z16, Z16, Z16
+	VPXORD  Z17, Z17, Z17
+	VPXORD  Z18, Z18, Z18
+	VPXORD  Z19, Z19, Z19
+	VPXORD  Z20, Z20, Z20
+	VPXORD  Z21, Z21, Z21
+	VPXORD  Z22, Z22, Z22
+	VPXORD  Z23, Z23, Z23
+	VPXORD  Z24, Z24, Z24
+	VPXORD  Z25, Z25, Z25
+	VPXORD  Z26, Z26, Z26
+	VPXORD  Z27, Z27, Z27
+	VPXORD  Z28, Z28, Z28
+	VPXORD  Z29, Z29, Z29
+	VPXORD  Z30, Z30, Z30
+	VPXORD  Z31, Z31, Z31
+lots:
+	VMOVUPS (R8)(AX*8), Z4
+	VMOVUPS (R9)(AX*8), Z5
+	VMOVUPS (R10)(AX*8), Z6
+	VMOVUPS (R11)(AX*8), Z7
+	LOAD_U4WIDE((SI)(AX*1), Z0)
+	LOAD_U4WIDE((DI)(AX*1), Z1)
+	LOAD_U4WIDE((R13)(AX*1), Z2)
+	LOAD_U4WIDE((R15)(AX*1), Z3)
+	VFMADD231PS Z0, Z4, Z16
+	VFMADD231PS Z0, Z5, Z20
+	VFMADD231PS Z0, Z6, Z24
+	VFMADD231PS Z0, Z7, Z28
+	VFMADD231PS Z1, Z4, Z17
+	VFMADD231PS Z1, Z5, Z21
+	VFMADD231PS Z1, Z6, Z25
+	VFMADD231PS Z1, Z7, Z29
+	VFMADD231PS Z2, Z4, Z18
+	VFMADD231PS Z2, Z5, Z22
+	VFMADD231PS Z2, Z6, Z26
+	VFMADD231PS Z2, Z7, Z30
+	VFMADD231PS Z3, Z4, Z19
+	VFMADD231PS Z3, Z5, Z23
+	VFMADD231PS Z3, Z6, Z27
+	VFMADD231PS Z3, Z7, Z31
+	ADDQ $8, AX
+	CMPQ AX, CX
+	JLT  lots
+	LEAQ (SI)(CX*4), SI
+	QUARTERS(Z16, Z17, Z18, Z19)
+	QUARTERS(Z20, Z21, Z22, Z23)
+	QUARTERS(Z24, Z25, Z26, Z27)
+	QUARTERS(Z28, Z29, Z30, Z31)
+	VSHUFF32X4 $0x44, Z20, Z16, Z0
+	VSHUFF32X4 $0xee, Z20, Z16, Z1
+	VSHUFF32X4 $0x44, Z28, Z24, Z2
+	VSHUFF32X4 $0xee, Z28, Z24, Z3
+	VADDPS     Z1, Z0, Z0
+	VADDPS     Z3, Z2, Z2
+	VSHUFF32X4 $0x88, Z2, Z0, Z1
+	VSHUFF32X4 $0xdd, Z2, Z0, Z3
+	VADDPS     Z3, Z1, Z0
+	VMOVUPS.Z   (R12)(DX*8), K2, Z1
+	VMOVDQU32   pairs<>(SB), Z2
+	VMOVDQU32   pairs<>+64(SB), Z3
+	VPERMPS     Z1, Z2, Z2
+	VPERMPS     Z1, Z3, Z3
+	VFMADD213PS Z13, Z12, Z3
+	VFMADD213PS Z3, Z2, Z0
+	MOVQ a+0(FP), AX
+	MOVQ codeArgs_out+24(AX), BX
+	VEXTRACTF32X4 $3, Z0, K1, (BX)(DX*4)
+	MOVQ codeArgs_out+16(AX), BX
+	VEXTRACTF32X4 $2, Z0, K1, (BX)(DX*4)
+	MOVQ codeArgs_out+8(AX), BX
+	VEXTRACTF32X4 $1, Z0, K1, (BX)(DX*4)
+	MOVQ codeArgs_out+0(AX), BX
+	VEXTRACTF32X4 $0, Z0, K1, (BX)(DX*4)
+	ADDQ $4, DX
+	CMPQ DX, codeArgs_n(AX)
+	JLT  vectors
+	VZEROUPPER
+	RET
 
 // func add4F32(a *args)
 TEXT ·add4F32(SB), NOSPLIT, $72-8
@@ -708,6 +941,18 @@ TEXT ·add4BF16(SB), NOSPLIT, $72-8
 // func add4F8(a *args)
 TEXT ·add4F8(SB), NOSPLIT, $72-8
 	ADD4(SETUP_F8, LOAD_F8, 8, 4)
+
+// func add4F32Wide(a *args)
+TEXT ·add4F32Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_F32WIDE, 64, 1)
+
+// func add4F16Wide(a *args)
+TEXT ·add4F16Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_F16WIDE, 32, 2)
+
+// func add4BF16Wide(a *args)
+TEXT ·add4BF16Wide(SB), NOSPLIT, $8-8
+	ADD4WIDE(LOAD_BF16WIDE, 32, 2)
 
 // func add1F32(a *args)
 TEXT ·add1F32(SB), NOSPLIT, $0-8
