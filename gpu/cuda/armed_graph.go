@@ -30,7 +30,8 @@ type stepGraph struct {
 	request []gpu.LayerRequest
 	image   imageLayout
 	results resultsLayout
-	// finished is what Finished holds once a layer's kernels are over, by layer of the step.
+	// finished is what Finished holds once a layer's kernels are over, by layer of the step. watch reads it
+	// while the graph's next step is given, so it is set once.
 	finished   []uint32
 	operations int // that a stream is given, if one by one
 	users      int // armed steps
@@ -404,8 +405,8 @@ func (a *armer) enqueue(g *stepGraph, s *armedStep, stream cu.Stream) error {
 	}()
 	ops := &a.giving
 	ops.Reset()
-	finished := uint32(0)
-	g.finished = g.finished[:0]
+	var finished []uint32
+	count := uint32(0)
 	for j := range g.calls {
 		ops.Wait(s.layers[j].ready, 1)
 		if err := ops.Run(stream); err != nil {
@@ -416,12 +417,17 @@ func (a *armer) enqueue(g *stepGraph, s *armedStep, stream cu.Stream) error {
 		if err := c.launch(s.layers[j].layer); err != nil {
 			return err
 		}
-		finished += uint32(c.call.last)
-		g.finished = append(g.finished, finished)
+		if g.finished == nil {
+			count += uint32(c.call.last)
+			finished = append(finished, count)
+		}
 		ops.Reset()
 		ops.WaitAtLeast(g.key.image+uint64(g.image.goes+4*j), kernels.Go)
 		ops.Write(s.layers[j].done, 1)
 		ops.Write(a.state.ptr+stateReached, uint32(j+1))
+	}
+	if g.finished == nil {
+		g.finished = finished
 	}
 	return ops.Run(stream)
 }
