@@ -108,7 +108,7 @@ func (a *armer) give(s *armedStep) error {
 	key.long = t.longest >= l.device.options.FusedFrom
 	key.chunkStride, key.tableStride = t.chunkStride, t.stride
 	key.table = t.tables.ptr
-	if t.valuesDiffer {
+	if t.valuesDiffer && !key.lent { // a batch in memory has one table
 		key.vtable = key.table + uint64(4*t.rows*t.stride)
 	}
 	image := c.imageLayout(key.rows, len(s.layers), key.chunkStride)
