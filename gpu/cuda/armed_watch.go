@@ -297,12 +297,16 @@ func (a *armer) fail(s *armedStep, cause *fault.Error) error {
 	if !begun {
 		return a.finish(s, cause, 0)
 	}
+	id := s.id // a step that is over may be armed anew
 	j, err := a.await(s)
 	if err != nil {
 		return err
 	}
 	if j == len(s.layers) {
-		return a.finish(s, nil, j) // it was too late to fail it
+		// It was too late to fail it, but those behind it are halted.
+		err := a.finish(s, nil, j)
+		a.cancelAll(fault.Newf(fault.Cancelled, "", "step %d, which was armed before it, was to fail", id))
+		return err
 	}
 
 	launches := a.cache.lease.device.kernels.Armed
@@ -351,6 +355,9 @@ func (a *armer) await(s *armedStep) (int, error) {
 	for start := time.Now(); ; {
 		if a.over(s) {
 			return len(s.layers), nil
+		}
+		if a.hears(kernels.NewsStep) != s.given {
+			return 0, nil // it was halted before it began: no layer runs, and none says so
 		}
 		if parked := int(a.hears(kernels.NewsParked)); parked > 0 {
 			if _, finished, err := a.reached(); err != nil || finished == s.graph.finished[parked-1] {
@@ -436,6 +443,12 @@ func (a *armer) left(s *armedStep) {
 func (a *armer) abandon(s *armedStep, err error) {
 	if sticky(err) {
 		a.cache.lease.device.owner.lost(explain(err))
+	}
+	a.mu.Lock()
+	answered := len(a.queue) == 0 || a.queue[0].given != a.first
+	a.mu.Unlock()
+	if answered {
+		return // what failed is to give back what waited for its end
 	}
 	var cause *fault.Error
 	if !errors.As(explain(err), &cause) {
