@@ -14,7 +14,8 @@ import (
 func TestArmedAllocations(t *testing.T) {
 	d := newDevice(t)
 	allocations := func(layers int) float64 {
-		m := newMeeting(t, d, nil, meetingGeometry(layers), gpu.CUDAIPC, 1, 512, 512)
+		// Long enough for all steps to be of one size, and so of one graph: to make one allocates.
+		m := newMeeting(t, d, nil, meetingGeometry(layers), gpu.CUDAIPC, 1, 2048, 128)
 		// An engine on the CPU, so that its side allocates nothing either.
 		words := mapped{}.Alloc(t, 4096).(ringer)
 		lent, err := m.cache.lease.Import(context.Background(), words.Region(t, 4096, true))
