@@ -134,9 +134,24 @@ func TestArmedStep(t *testing.T) {
 			t.Errorf("step %d as before: %v", id-1, m)
 		}
 	}
-	e.must(request(&twilightv1.CancelStep{CacheId: 1, StepId: 5}))
-	if m := e.done(5); m.GetError().GetCode() != twilightv1.ErrorCode_ERROR_CODE_CANCELLED || m.GetError().GetField() != "step" {
-		t.Errorf("cancelled: %v", m)
+	// The answer and the end come in either order.
+	e.send(request(&twilightv1.CancelStep{CacheId: 1, StepId: 5}))
+	answered := false
+	var end *twilightv1.ArmedStepDone
+	for range 2 {
+		resp, err := e.stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m := resp.GetArmedStepDone(); m != nil {
+			end = m
+		} else {
+			answered = resp.GetRequestId() == e.lastID && resp.GetStepCancelled() != nil
+		}
+	}
+	if !answered || end.GetStepId() != 5 || end.GetError().GetCode() != twilightv1.ErrorCode_ERROR_CODE_CANCELLED ||
+		end.GetError().GetField() != "step" {
+		t.Errorf("cancelled: answered %v, end %v", answered, end)
 	}
 	e.must(request(&twilightv1.CancelStep{CacheId: 1, StepId: 5})) // which is over
 }
