@@ -48,14 +48,14 @@ const (
 
 // daemon is a twilightd of its own process.
 type daemon struct {
-	t    *testing.T
+	t    testing.TB
 	path string // of its socket
 	args []string
 	cmd  *exec.Cmd
 }
 
 // start starts a daemon that serves the GPUs alone.
-func start(t *testing.T, args ...string) *daemon {
+func start(t testing.TB, args ...string) *daemon {
 	t.Helper()
 	d := &daemon{t: t, path: filepath.Join(t.TempDir(), "s"), args: args}
 	d.run()

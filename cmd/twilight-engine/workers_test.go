@@ -32,32 +32,32 @@ func (d *daemon) workers() (pids []int) {
 	return pids
 }
 
-// TestWorkerStart tells how long an engine waits for a lease, on a worker that is started for it and on a
-// spare.
-func TestWorkerStart(t *testing.T) {
-	for _, spares := range []string{"0", "1"} {
-		c := start(t, "--spares", spares).dial()
-		told, err := c.Capabilities(t.Context(), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("%s: MPS %v, unusable %q", told.GetDevices()[0].GetName(), told.GetDevices()[0].GetMps(), told.GetDevices()[0].GetUnusable())
-		for range 3 {
-			began := time.Now()
-			s, err := c.Open(t.Context(), client.OpenOptions{Geometry: client.Geometry{
-				Layers: 2, QueryHeads: 8, KVHeads: 2, KDim: 64, Query: client.F16,
-			}, Config: twiConfig})
+// BenchmarkWorkerStart tells how long an engine waits for a lease, on a worker that is started for it and on a
+// spare. Run it a few times (-test.benchtime 3x): a spare needs seconds in between.
+func BenchmarkWorkerStart(b *testing.B) {
+	for name, spares := range map[string]string{"cold": "0", "spare": "1"} {
+		b.Run(name, func(b *testing.B) {
+			c := start(b, "--spares", spares).dial()
+			told, err := c.Capabilities(b.Context(), nil)
 			if err != nil {
-				t.Fatal(err)
+				b.Fatal(err)
 			}
-			opened := time.Since(began)
-			began = time.Now()
-			if err := s.Close(); err != nil {
-				t.Error(err)
+			b.Logf("%s: MPS %v, unusable %q", told.GetDevices()[0].GetName(), told.GetDevices()[0].GetMps(), told.GetDevices()[0].GetUnusable())
+			for b.Loop() {
+				s, err := c.Open(b.Context(), client.OpenOptions{Geometry: client.Geometry{
+					Layers: 2, QueryHeads: 8, KVHeads: 2, KDim: 64, Query: client.F16,
+				}, Config: twiConfig})
+				if err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				if err := s.Close(); err != nil {
+					b.Error(err)
+				}
+				time.Sleep(3 * time.Second) // in which a spare starts
+				b.StartTimer()
 			}
-			t.Logf("%s spares: a lease was there after %v, and gone after %v", spares, opened, time.Since(began))
-			time.Sleep(3 * time.Second) // a spare starts
-		}
+		})
 	}
 }
 

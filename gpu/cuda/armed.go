@@ -18,6 +18,7 @@ import (
 	"github.com/twilight-sidecar/twilight/gpu"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/internal/drv"
 	"github.com/twilight-sidecar/twilight/gpu/cuda/kernels"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/armed"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
@@ -182,15 +183,10 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	if err := c.usable(ctx); err != nil {
 		return err
 	}
-	a := c.armed
-	switch {
-	case step.ID == 0:
-		return fault.Newf(fault.Invalid, "step_id", "has 0 in its low 32 bits, which says that no step has begun: skip it")
-	case len(step.Layers) == 0:
-		return fault.Newf(fault.Invalid, "armed.layers", "is empty: name the layers that the step runs")
-	case step.WaitTimeout < 0 || step.WaitTimeout > gpu.MaxWaitTimeout:
-		return fault.Newf(fault.OutOfRange, "armed.wait_timeout_ms", "%v must be in [0, %v]", step.WaitTimeout, gpu.MaxWaitTimeout)
+	if err := spec.Armed(step); err != nil {
+		return err
 	}
+	a := c.armed
 	n, last := a.settled(gpu.MaxArmed - 1)
 	if n == gpu.MaxArmed {
 		return fault.Exhaustedf("armed", 1, 0, "%d steps of the cache are armed: wait for the first to end", gpu.MaxArmed)

@@ -18,11 +18,7 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
-const (
-	entryBytes = 4 // of a table
-	slotBytes  = 8
-	batchBytes = int(unsafe.Sizeof(kernels.Batch{}))
-)
+const batchBytes = int(unsafe.Sizeof(kernels.Batch{}))
 
 // lentBatch is where a batch lies that is read when its step begins; of no rows if it came with the step.
 type lentBatch struct {
@@ -31,48 +27,23 @@ type lentBatch struct {
 }
 
 // locateBatch finds a batch. What is in it is checked on the device.
-func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) (err error) {
-	limits := &c.lease.device.options.Limits
-	switch size := c.spec.PageSize; {
-	case size%kv.ChunkTokens != 0:
-		return fault.Newf(fault.Unsupported, "slots",
-			"page_size %d is not a multiple of %d: send the batch in the message", size, kv.ChunkTokens)
-	case from.Rows < 1 || from.Rows > limits.Batch:
-		return fault.Exhaustedf("batch", uint64(max(from.Rows, 0)), uint64(limits.Batch),
-			"%d rows are not in [1, %d]", from.Rows, limits.Batch)
-	case from.MaxLength < 1 || from.MaxLength > limits.SequenceTokens:
-		return fault.Exhaustedf("max_length", uint64(max(from.MaxLength, 0)), uint64(limits.SequenceTokens),
-			"%d tokens are not in [1, %d]", from.MaxLength, limits.SequenceTokens)
-	case from.TableStride < ceilDiv(from.MaxLength, size):
-		return fault.Newf(fault.Invalid, "table_stride",
-			"%d entries hold fewer than max_length %d tokens in pages of %d", from.TableStride, from.MaxLength, size)
-	case from.NumSlots < 0:
-		return fault.Newf(fault.Invalid, "num_slots", "%d must be 0 or more", from.NumSlots)
-	case c.lease.method.selects != kernels.SelectAll && c.lease.method.selects != kernels.SelectQuest:
+func (c *cache) locateBatch(s *armedStep, from *gpu.DeviceBatch) error {
+	parts, err := spec.Batch(from, c.spec.PageSize, &c.lease.device.options.Limits)
+	if err != nil {
+		return err
+	}
+	if m := &c.lease.method; m.selects != kernels.SelectAll && m.selects != kernels.SelectQuest {
 		return fault.Newf(fault.Unsupported, "",
-			"a batch in memory is not served with selector %q: send it in the message", c.lease.method.config.Selector.Type)
-	case from.Slots.Memory == nil:
-		return fault.Newf(fault.Invalid, "slots", "is absent: its rows have no names, so the slots written must be told")
+			"a batch in memory is not served with selector %q: send it in the message", m.config.Selector.Type)
 	}
 	b := &s.batch
-	rows := uint64(from.Rows)
-	for _, part := range [...]struct {
-		at      gpu.Span
-		n       uint64
-		element int
-		name    string
-		to      *drv.Ptr
-	}{
-		{from.Lengths, rows, entryBytes, "lengths", &b.lengths},
-		{from.Table, spec.Mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
-		{from.Slots, uint64(from.NumSlots), slotBytes, "slots", &b.slots},
-		{from.FirstValid, rows, entryBytes, "first_valid", &b.first},
-	} {
-		if part.at.Memory == nil && part.to == &b.first {
+	for i, to := range [len(parts)]*drv.Ptr{&b.lengths, &b.table, &b.slots, &b.first} {
+		part := &parts[i]
+		if part.At.Memory == nil && i == spec.FirstValid {
 			continue
 		}
 		var e extent
-		e, *part.to, err = c.lease.locate(part.at.Memory, part.at.Offset, spec.Mul(part.n, uint64(part.element)), part.element, part.name)
+		e, *to, err = c.lease.locate(part.At.Memory, part.At.Offset, part.Size, part.Element, part.Name)
 		if err != nil {
 			return err
 		}
@@ -143,8 +114,12 @@ func newLentLaunches(k *kernels.Armed, stream cu.Stream, block drv.Block) (l len
 		launch *drv.Launch
 		f      cu.Function
 	}{
-		{&l.rows, k.BatchRows}, {&l.slots, k.BatchSlots}, {&l.forget, k.BatchForget},
-		{&l.chunks, k.BatchChunks}, {&l.work, k.BatchWork}, {&l.bookkeeping, k.BatchBook},
+		{&l.rows, k.BatchRows},
+		{&l.slots, k.BatchSlots},
+		{&l.forget, k.BatchForget},
+		{&l.chunks, k.BatchChunks},
+		{&l.work, k.BatchWork},
+		{&l.bookkeeping, k.BatchBook},
 	} {
 		*p.launch = drv.NewLaunch(p.f, stream, lentThreads, block)
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/twilight-sidecar/twilight/gpu"
+	"github.com/twilight-sidecar/twilight/gpu/internal/spec"
 	"github.com/twilight-sidecar/twilight/internal/armed"
 	"github.com/twilight-sidecar/twilight/internal/fault"
 	"github.com/twilight-sidecar/twilight/kv"
@@ -120,12 +121,11 @@ func (c *cache) Arm(ctx context.Context, step *gpu.ArmedStep) error {
 	switch {
 	case a.closed || c.lease.closed:
 		return errClosed
-	case step.ID == 0:
-		return fault.Newf(fault.Invalid, "step_id", "has 0 in its low 32 bits, which says that no step has begun: skip it")
-	case step.WaitTimeout < 0 || step.WaitTimeout > gpu.MaxWaitTimeout:
-		return fault.Newf(fault.OutOfRange, "armed.wait_timeout_ms", "%v must be in [0, %v]", step.WaitTimeout, gpu.MaxWaitTimeout)
 	case len(a.queue) == gpu.MaxArmed:
 		return fault.Exhaustedf("armed", 1, 0, "%d steps of the cache are armed: wait for the first to end", gpu.MaxArmed)
+	}
+	if err := spec.Armed(step); err != nil {
+		return err
 	}
 	s := a.free()
 	if err := c.fill(s, step); err != nil {

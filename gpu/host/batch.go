@@ -10,9 +10,6 @@ import (
 	"github.com/twilight-sidecar/twilight/pipeline"
 )
 
-// slotBytes is the size of a slot in lent memory.
-const slotBytes = 8
-
 // lentBatch is where a batch lies; of no rows if it came with the step.
 type lentBatch struct {
 	rows, stride, maxLength      int
@@ -22,48 +19,21 @@ type lentBatch struct {
 }
 
 // locateBatch finds a batch. What is in it is checked when it is read.
-func (c *cache) locateBatch(b *lentBatch, from *gpu.DeviceBatch) (err error) {
-	limits := &c.lease.device.options.Limits
-	switch size := c.paging.PageSize; {
-	case size%kv.ChunkTokens != 0:
-		return fault.Newf(fault.Unsupported, "slots",
-			"page_size %d is not a multiple of %d: send the batch in the message", size, kv.ChunkTokens)
-	case from.Rows < 1 || from.Rows > limits.Batch:
-		return fault.Exhaustedf("batch", uint64(max(from.Rows, 0)), uint64(limits.Batch),
-			"%d rows are not in [1, %d]", from.Rows, limits.Batch)
-	case from.MaxLength < 1 || from.MaxLength > limits.SequenceTokens:
-		return fault.Exhaustedf("max_length", uint64(max(from.MaxLength, 0)), uint64(limits.SequenceTokens),
-			"%d tokens are not in [1, %d]", from.MaxLength, limits.SequenceTokens)
-	case from.TableStride < (from.MaxLength+size-1)/size:
-		return fault.Newf(fault.Invalid, "table_stride",
-			"%d entries hold fewer than max_length %d tokens in pages of %d", from.TableStride, from.MaxLength, size)
-	case from.NumSlots < 0:
-		return fault.Newf(fault.Invalid, "num_slots", "%d must be 0 or more", from.NumSlots)
-	case from.Slots.Memory == nil:
-		return fault.Newf(fault.Invalid, "slots", "is absent: its rows have no names, so the slots written must be told")
+func (c *cache) locateBatch(b *lentBatch, from *gpu.DeviceBatch) error {
+	parts, err := spec.Batch(from, c.paging.PageSize, &c.lease.device.options.Limits)
+	if err != nil {
+		return err
 	}
-	rows := uint64(from.Rows)
-	for i, part := range [...]struct {
-		at      gpu.Span
-		n       uint64
-		element int
-		name    string
-		data    *[]byte
-	}{
-		{from.Lengths, rows, entryBytes, "lengths", &b.lengths},
-		{from.Table, spec.Mul(rows, uint64(from.TableStride)), entryBytes, "table", &b.table},
-		{from.Slots, uint64(from.NumSlots), slotBytes, "slots", &b.slots},
-		{from.FirstValid, rows, entryBytes, "first_valid", &b.first},
-	} {
-		if part.at.Memory == nil && part.data == &b.first {
+	for i, to := range [len(parts)]*[]byte{&b.lengths, &b.table, &b.slots, &b.first} {
+		part := &parts[i]
+		if part.At.Memory == nil && i == spec.FirstValid {
 			continue
 		}
-		b.extents[i], *part.data, err = c.lease.locate(part.at.Memory, part.at.Offset,
-			spec.Mul(part.n, uint64(part.element)), part.element, part.name)
+		b.extents[i], *to, err = c.lease.locate(part.At.Memory, part.At.Offset, part.Size, part.Element, part.Name)
 		if err != nil {
 			return err
 		}
-		b.extents[i].field = "device." + part.name
+		b.extents[i].field = "device." + part.Name
 	}
 	b.rows, b.stride, b.maxLength = from.Rows, from.TableStride, from.MaxLength
 	return nil
@@ -92,10 +62,10 @@ func (b *lentBatch) read(step *kv.Step, paging *kv.TrackerConfig) {
 	*step = kv.Step{
 		Lengths: sized(step.Lengths, b.rows), FirstValid: sized(step.FirstValid, b.rows),
 		TableCounts: sized(step.TableCounts, b.rows), TableEntries: step.TableEntries[:0],
-		BySlots: true, Slots: sized(step.Slots, len(b.slots)/slotBytes),
+		BySlots: true, Slots: sized(step.Slots, len(b.slots)/spec.SlotBytes),
 	}
 	for i := range step.Slots {
-		step.Slots[i] = int64(binary.LittleEndian.Uint64(b.slots[i*slotBytes:]))
+		step.Slots[i] = int64(binary.LittleEndian.Uint64(b.slots[i*spec.SlotBytes:]))
 	}
 	b.bad = sized(b.bad, b.rows)
 	for row := range b.rows {
@@ -124,7 +94,7 @@ func (b *lentBatch) read(step *kv.Step, paging *kv.TrackerConfig) {
 }
 
 func entryAt(data []byte, i int) int32 {
-	return int32(binary.LittleEndian.Uint32(data[i*entryBytes:]))
+	return int32(binary.LittleEndian.Uint32(data[i*spec.EntryBytes:]))
 }
 
 // mark says of bad rows that they are.

@@ -83,19 +83,26 @@ func (l *standInLoad) Logits(layer, sequence, head int) ([]float32, error) {
 
 func (l *standInLoad) Close() error { return unix.Munmap(l.data) }
 
-// TestStep: what a step's report tells besides times.
-func TestStep(t *testing.T) {
-	t.Parallel()
+// serve starts a daemon on the CPU, and dials it.
+func serve(t *testing.T) *client.Client {
+	t.Helper()
 	daemon, err := inprocess.Start(t.Context(), inprocess.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = daemon.Stop(context.Background()) }()
+	t.Cleanup(func() { _ = daemon.Stop(context.Background()) })
 	conn, err := client.Dial(daemon.Target())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// TestStep: what a step's report tells besides times.
+func TestStep(t *testing.T) {
+	t.Parallel()
+	conn := serve(t)
 	for _, page := range []int{1, 16} {
 		step := bench.Step{QueryHeads: 4, KVHeads: 2, Dim: 32, Batch: 3, Tokens: 512, PageSize: page, Layers: 2}
 		r, err := bench.RunStep(t.Context(), conn, standIn{}, bench.StepOptions{
@@ -159,16 +166,7 @@ func (e *streaming) NewStream() (client.Releaser, error) {
 // Each way of meeting the daemon runs its steps.
 func TestArmed(t *testing.T) {
 	t.Parallel()
-	daemon, err := inprocess.Start(t.Context(), inprocess.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = daemon.Stop(context.Background()) }()
-	conn, err := client.Dial(daemon.Target())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := serve(t)
 	step := bench.Step{QueryHeads: 4, KVHeads: 2, Dim: 32, Batch: 2, Tokens: 512, PageSize: 16, Layers: 3}
 	r, err := bench.RunArmed(t.Context(), conn, &streaming{}, bench.ArmedOptions{
 		Step: step, Config: bench.Named{Name: "dense", Config: `{}`}, Steps: 5, Progress: func(string, ...any) {},

@@ -93,7 +93,7 @@ for name in "${checks[@]}"; do
 	case $name in
 	device) check device 60 "$here/twilight-worker" list ;;
 	kernels) check kernels 900 "$here/cuda.test" -test.v ;;
-	engine) check engine 600 "$here/engine.test" -test.v -capture "$capture" ;;
+	engine) check engine 600 "$here/engine.test" -test.v -test.bench . -test.benchtime 3x -capture "$capture" ;;
 	replay) check replay 300 bash -c 'with_daemon replay' ;;
 	armed)
 		check armed 300 bash -c 'with_daemon armed'

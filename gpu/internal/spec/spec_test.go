@@ -81,9 +81,62 @@ func TestOverrides(t *testing.T) {
 		"p[1]":         {P: []float32{1, float32(math.NaN())}},
 		"token_budget": {TokenBudget: []uint32{1, 2, 3}},
 	} {
-		var f *fault.Error
-		if err := Overrides(req, 2); (err != nil) != (field != "") || err != nil && (!errors.As(err, &f) || f.Field != field) {
-			t.Errorf("%q: %v", field, err)
-		}
+		refused(t, Overrides(req, 2), field)
 	}
 }
+
+// refused checks which field an error names; "" is that of no error.
+func refused(t *testing.T, err error, field string) {
+	t.Helper()
+	var f *fault.Error
+	if (err != nil) != (field != "") || err != nil && (!errors.As(err, &f) || f.Field != field) {
+		t.Errorf("%q: %v", field, err)
+	}
+}
+
+func TestArmed(t *testing.T) {
+	t.Parallel()
+	layers := []gpu.ArmedLayer{{}}
+	for field, step := range map[string]gpu.ArmedStep{
+		"":                      {ID: 1, Layers: layers, WaitTimeout: gpu.MaxWaitTimeout},
+		"step_id":               {Layers: layers},
+		"armed.layers":          {ID: 1},
+		"armed.wait_timeout_ms": {ID: 1, Layers: layers, WaitTimeout: gpu.MaxWaitTimeout + 1},
+	} {
+		refused(t, Armed(&step), field)
+	}
+}
+
+// A batch of memory is told with the bytes of each part, or refused by the field that is wrong.
+func TestBatch(t *testing.T) {
+	t.Parallel()
+	somewhere := gpu.Span{Memory: anywhere{}}
+	limits := gpu.Limits{Batch: 3, SequenceTokens: 100}
+	batch := func(change func(*gpu.DeviceBatch)) *gpu.DeviceBatch {
+		b := &gpu.DeviceBatch{Rows: 3, TableStride: 4, NumSlots: 5, MaxLength: 64, Slots: somewhere}
+		change(b)
+		return b
+	}
+	parts, err := Batch(batch(func(*gpu.DeviceBatch) {}), 16, &limits)
+	refused(t, err, "")
+	for i, size := range [...]uint64{Lengths: 12, Table: 48, Slots: 40, FirstValid: 12} {
+		if parts[i].Size != size {
+			t.Errorf("%s has %d bytes, want %d", parts[i].Name, parts[i].Size, size)
+		}
+	}
+	_, err = Batch(batch(func(*gpu.DeviceBatch) {}), 8, &limits)
+	refused(t, err, "slots")
+	for field, change := range map[string]func(*gpu.DeviceBatch){
+		"batch":        func(b *gpu.DeviceBatch) { b.Rows = 4 },
+		"max_length":   func(b *gpu.DeviceBatch) { b.MaxLength = 101 },
+		"table_stride": func(b *gpu.DeviceBatch) { b.TableStride = 3 },
+		"num_slots":    func(b *gpu.DeviceBatch) { b.NumSlots = -1 },
+		"slots":        func(b *gpu.DeviceBatch) { b.Slots = gpu.Span{} },
+	} {
+		_, err := Batch(batch(change), 16, &limits)
+		refused(t, err, field)
+	}
+}
+
+// anywhere is memory of which only that it is there counts.
+type anywhere struct{ gpu.Memory }
